@@ -1,0 +1,57 @@
+// model.h - what a checkpoint is: its Config, its tensors, its tokenizer; opened from model.bin (tools/FORMAT.md).
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+#include "ops.h"
+#include "safetensors.h"
+#include "tokenizer.h"
+
+struct Config {
+    int dim = 0, ffn_dim = 0, n_layers = 0, n_heads = 0, n_kv_heads = 0, head_dim = 0, vocab = 0;
+    int max_len = 0;                   // positions the model was trained for
+    float norm_eps = 1e-5f;
+    float rope_theta = 10000.0f;
+    // rope_scaling "llama3" (Llama 3.1): factor 0 means none
+    float rope_factor = 0.0f, rope_low_freq = 1.0f, rope_high_freq = 4.0f;
+    int rope_original_len = 8192;
+    bool tied = false;                 // unembed is embed
+    std::vector<int> bos, eos;         // ids: bos has at most one; generation stops at any of eos
+    std::string dialect;               // where it came from, for show: "llama", "mistral", "llama2.c", ...
+};
+
+// One tensor a model.bin must hold.  Names: embed, layers.N.attn_norm|wq|wk|wv|wo|ffn_norm|w_gate|w_up|w_down, out_norm,
+// unembed (absent when tied).  Matrices are (out, in), row-major, f32, f16 or bf16; norms are (dim) f32.
+// Heads use the half layout: RoPE turns channels j and j + head_dim/2 together.
+struct TensorSpec { std::string name; std::vector<int64_t> shape; bool is_norm; };
+std::vector<TensorSpec> config_tensors(const Config &c);
+
+// Config <-> the JSON text in the metadata.  `where` names the file in errors.  Reading checks every field:
+// present, a number of the right kind, in range, consistent with the others.
+std::string config_to_json(const Config &c);
+Config config_from_json(const std::string &json, const std::string &where);
+
+// RoPE frequencies in radians a token, (head_dim/2), in double: theta^(-2j/d), then the llama3 scaling if any.
+std::vector<double> rope_frequencies(const Config &c);
+
+constexpr int MODEL_FORMAT_VERSION = 1;
+
+struct LayerWeights {
+    const float *attn_norm, *ffn_norm;                    // (D)
+    Matrix wq, wk, wv, wo, w_gate, w_up, w_down;          // (out, in)
+};
+
+struct Model {
+    Config config;
+    Tokenizer tokenizer;
+    Matrix embed, unembed;                                // (V, D), the same one when tied
+    const float *out_norm;                                // (D)
+    std::vector<LayerWeights> layers;
+    int64_t weights_bytes = 0;                            // of all tensors
+    int64_t step_bytes = 0;                               // read by one decode step: everything but an untied embed
+    std::shared_ptr<Safetensors> file;                    // keeps the mapping alive
+};
+
+// Map model.bin, check every tensor of config_tensors() for presence, dtype and shape (nothing more may be there), and
+// point the weights at the mapping.  Fails with file, tensor, expected, found.
+Model model_open(const std::string &path);
