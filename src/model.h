@@ -20,14 +20,18 @@ struct Config {
     std::string dialect;               // where it came from, for show: "llama", "mistral", "llama2.c", ...
 };
 
+// Fails unless every field is in its range and the fields fit each other.  The ranges keep every product of sizes far
+// from 2^63.  `where` names the file in errors, here and below.
+void config_check(const Config &c, const std::string &where);
+
 // One tensor a model.bin must hold.  Names: embed, layers.N.attn_norm|wq|wk|wv|wo|ffn_norm|w_gate|w_up|w_down, out_norm,
 // unembed (absent when tied).  Matrices are (out, in), row-major, f32, f16 or bf16; norms are (dim) f32.
 // Heads use the half layout: RoPE turns channels j and j + head_dim/2 together.
 struct TensorSpec { std::string name; std::vector<int64_t> shape; bool is_norm; };
 std::vector<TensorSpec> config_tensors(const Config &c);
 
-// Config <-> the JSON text in the metadata.  `where` names the file in errors.  Reading checks every field:
-// present, a number of the right kind, in range, consistent with the others.
+// Config <-> the JSON text in the metadata.  Reading checks every field: present, a number of the right kind, in range,
+// consistent with the others, and known.
 std::string config_to_json(const Config &c);
 Config config_from_json(const std::string &json, const std::string &where);
 
@@ -45,7 +49,7 @@ struct Model {
     Config config;
     Tokenizer tokenizer;
     Matrix embed, unembed;                                // (V, D), the same one when tied
-    const float *out_norm;                                // (D)
+    const float *out_norm = nullptr;                      // (D)
     std::vector<LayerWeights> layers;
     int64_t weights_bytes = 0;                            // of all tensors
     int64_t step_bytes = 0;                               // read by one decode step: everything but an untied embed
@@ -53,5 +57,9 @@ struct Model {
 };
 
 // Map model.bin, check every tensor of config_tensors() for presence, dtype and shape (nothing more may be there), and
-// point the weights at the mapping.  Fails with file, tensor, expected, found.
+// point the weights at the mapping.  Norms are small and are checked for NaN and infinity; matrices are not read
+// (build/show does that).  Fails with file, tensor, expected, found.
 Model model_open(const std::string &path);
+
+// The tensor and its element, in words, if any of n values is NaN or infinite; empty when all are finite.
+std::string find_nonfinite(const void *data, DType type, int64_t n);

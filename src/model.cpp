@@ -1,0 +1,261 @@
+// model.cpp - see model.h.
+#include "model.h"
+#include <algorithm>
+#include <cmath>
+#include "json.h"
+
+// ---- config ---------------------------------------------------------------------------------------------------------
+
+// The whole-number fields and their largest legal values: several times the largest models known, and small enough that
+// sizes in bytes and products of three fields fit in 63 bits.
+struct IntField { const char *name; int Config::*field; int max; };
+static const IntField INT_FIELDS[] = {
+    {"dim",     &Config::dim,     1 << 17}, {"ffn_dim",    &Config::ffn_dim,    1 << 20},
+    {"n_layers", &Config::n_layers,  1024}, {"n_heads",    &Config::n_heads,       4096},
+    {"n_kv_heads", &Config::n_kv_heads, 4096}, {"head_dim", &Config::head_dim,      256},
+    {"vocab",   &Config::vocab,   1 << 22}, {"max_len",    &Config::max_len,    1 << 26},
+};
+
+void config_check(const Config &c, const std::string &where) {
+    const char *w = where.c_str();
+    for (const IntField &f : INT_FIELDS) {
+        if (c.*f.field < 1 || c.*f.field > f.max) fail("%s: %s: expected 1 to %d, found %d", w, f.name, f.max, c.*f.field);
+    }
+    if (c.n_heads % c.n_kv_heads != 0) {
+        fail("%s: n_kv_heads: expected a divisor of n_heads = %d, found %d", w, c.n_heads, c.n_kv_heads);
+    }
+    if (c.head_dim % 8 != 0) fail("%s: head_dim: expected a multiple of 8, found %d", w, c.head_dim);
+    auto range = [&](const char *name, double x, double min, double max) {
+        if (!(x >= min && x <= max)) fail("%s: %s: expected %g to %g, found %g", w, name, min, max, x);
+    };
+    range("norm_eps", c.norm_eps, 1e-12, 1.0);
+    range("rope_theta", c.rope_theta, 1.0, 1e12);
+    if (c.rope_factor != 0.0f) {
+        range("rope_scaling.factor", c.rope_factor, 1.0, 1e6);
+        range("rope_scaling.low_freq_factor", c.rope_low_freq, 1e-3, 1e6);
+        range("rope_scaling.high_freq_factor", c.rope_high_freq, 1e-3, 1e6);
+        range("rope_scaling.original_len", c.rope_original_len, 1, 1 << 26);
+        if (!(c.rope_low_freq < c.rope_high_freq)) {
+            fail("%s: rope_scaling: expected low_freq_factor < high_freq_factor, found %g and %g", w, c.rope_low_freq,
+                 c.rope_high_freq);
+        }
+    }
+    if (c.bos.size() > 1) fail("%s: bos: expected at most one id, found %zu", w, c.bos.size());
+    for (const auto *ids : {&c.bos, &c.eos}) {
+        for (const int id : *ids) {
+            if (id < 0 || id >= c.vocab) {
+                fail("%s: %s: expected ids from 0 to %d, found %d", w, ids == &c.bos ? "bos" : "eos", c.vocab - 1, id);
+            }
+        }
+    }
+}
+
+// The shortest decimal that reads back as the same f32: 1e-05 rather than 9.999999747378752e-06.
+static double shortest(float x) {
+    for (int digits = 6;; digits++) {
+        const double value = strtod(strf("%.*g", digits, x).c_str(), nullptr);
+        if ((float)value == x || digits == 9) return value;
+    }
+}
+
+std::string config_to_json(const Config &c) {
+    OrderedJson j;
+    for (const IntField &f : INT_FIELDS) j[f.name] = c.*f.field;
+    j["norm_eps"] = shortest(c.norm_eps);
+    j["rope_theta"] = shortest(c.rope_theta);
+    j["rope_scaling"] = nullptr;
+    if (c.rope_factor != 0.0f) {
+        j["rope_scaling"] = {{"factor", shortest(c.rope_factor)},
+                             {"low_freq_factor", shortest(c.rope_low_freq)},
+                             {"high_freq_factor", shortest(c.rope_high_freq)},
+                             {"original_len", c.rope_original_len}};
+    }
+    j["tied"] = c.tied;
+    j["bos"] = c.bos;
+    j["eos"] = c.eos;
+    j["dialect"] = c.dialect;
+    return j.dump();
+}
+
+static void check_keys(const Json &object, const std::vector<std::string> &known, const std::string &where) {
+    if (!object.is_object()) fail("%s: expected an object, found %s", where.c_str(), json_show(object).c_str());
+    for (const auto &item : object.items()) {
+        // A field we do not know could change what the weights mean.
+        if (std::find(known.begin(), known.end(), item.key()) == known.end()) {
+            fail("%s: unknown field '%s'", where.c_str(), printable(item.key()).c_str());
+        }
+    }
+    for (const std::string &key : known) json_field(object, key.c_str(), where);
+}
+
+static std::vector<int> read_ids(const Json &list, const char *key, const std::string &where) {
+    if (!list.is_array()) fail("%s: %s: expected a list, found %s", where.c_str(), key, json_show(list).c_str());
+    std::vector<int> ids;
+    for (const Json &id : list) ids.push_back((int)json_int(id, key, 0, INT32_MAX, where));
+    return ids;
+}
+
+Config config_from_json(const std::string &text, const std::string &where) {
+    const Json j = json_parse(text.data(), text.size(), where);
+    std::vector<std::string> known = {"norm_eps", "rope_theta", "rope_scaling", "tied", "bos", "eos", "dialect"};
+    for (const IntField &f : INT_FIELDS) known.push_back(f.name);
+    check_keys(j, known, where);
+
+    Config c;
+    for (const IntField &f : INT_FIELDS) c.*f.field = (int)json_int(j[f.name], f.name, 1, f.max, where);
+    c.norm_eps = json_float(j["norm_eps"], "norm_eps", 0, 1, where);
+    c.rope_theta = json_float(j["rope_theta"], "rope_theta", 1, 1e12, where);
+    if (const Json &r = j["rope_scaling"]; !r.is_null()) {
+        const std::string in = where + ": rope_scaling";
+        check_keys(r, {"factor", "low_freq_factor", "high_freq_factor", "original_len"}, in);
+        c.rope_factor = json_float(r["factor"], "factor", 1, 1e6, in);
+        c.rope_low_freq = json_float(r["low_freq_factor"], "low_freq_factor", 0, 1e6, in);
+        c.rope_high_freq = json_float(r["high_freq_factor"], "high_freq_factor", 0, 1e6, in);
+        c.rope_original_len = (int)json_int(r["original_len"], "original_len", 1, 1 << 26, in);
+    }
+    c.tied = json_bool(j["tied"], "tied", where);
+    c.bos = read_ids(j["bos"], "bos", where);
+    c.eos = read_ids(j["eos"], "eos", where);
+    c.dialect = json_string(j["dialect"], "dialect", where);
+    config_check(c, where);
+    return c;
+}
+
+std::vector<double> rope_frequencies(const Config &c) {
+    std::vector<double> freq(c.head_dim / 2);
+    for (int j = 0; j < c.head_dim / 2; j++) {
+        double f = std::pow((double)c.rope_theta, -2.0 * j / c.head_dim);
+        if (c.rope_factor != 0.0f) {
+            // Turns within the original context decide: many stay as they are, few are slowed by factor, and in between
+            // the two blend linearly.
+            const double turns = c.rope_original_len * f / (2.0 * M_PI);
+            const double keep = (turns - c.rope_low_freq) / ((double)c.rope_high_freq - c.rope_low_freq);
+            const double k = std::min(1.0, std::max(0.0, keep));
+            f = (1.0 - k) * f / c.rope_factor + k * f;
+        }
+        freq[j] = f;
+    }
+    return freq;
+}
+
+// ---- tensors --------------------------------------------------------------------------------------------------------
+
+std::vector<TensorSpec> config_tensors(const Config &c) {
+    const int64_t D = c.dim, F = c.ffn_dim, V = c.vocab, q = (int64_t)c.n_heads * c.head_dim,
+                  kv = (int64_t)c.n_kv_heads * c.head_dim;
+    std::vector<TensorSpec> specs = {{"embed", {V, D}, false}};
+    for (int l = 0; l < c.n_layers; l++) {
+        const std::string layer = "layers." + std::to_string(l) + ".";
+        specs.push_back({layer + "attn_norm", {D}, true});
+        specs.push_back({layer + "wq", {q, D}, false});
+        specs.push_back({layer + "wk", {kv, D}, false});
+        specs.push_back({layer + "wv", {kv, D}, false});
+        specs.push_back({layer + "wo", {D, q}, false});
+        specs.push_back({layer + "ffn_norm", {D}, true});
+        specs.push_back({layer + "w_gate", {F, D}, false});
+        specs.push_back({layer + "w_up", {F, D}, false});
+        specs.push_back({layer + "w_down", {D, F}, false});
+    }
+    specs.push_back({"out_norm", {D}, true});
+    if (!c.tied) specs.push_back({"unembed", {V, D}, false});
+    return specs;
+}
+
+std::string find_nonfinite(const void *data, DType type, int64_t n) {
+    // All exponent bits set is NaN or infinity in every one of the formats.
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u;
+        bool bad;
+        if (type == DType::f32) {
+            u = ((const uint32_t *)data)[i];
+            bad = (u & 0x7f800000) == 0x7f800000;
+        } else {
+            u = ((const uint16_t *)data)[i];
+            const uint32_t exponent = type == DType::f16 ? 0x7c00 : 0x7f80;
+            bad = (u & exponent) == exponent;
+        }
+        if (!bad) continue;
+        const uint32_t mantissa = type == DType::f32 ? 0x7fffff : type == DType::f16 ? 0x3ff : 0x7f;
+        return strf("element %lld is %s", (long long)i, u & mantissa ? "NaN" : "infinite");
+    }
+    return "";
+}
+
+// The matrix or norm of one spec, checked.
+static Matrix get_tensor(const Safetensors &file, const TensorSpec &spec) {
+    const char *path = file.path.c_str(), *name = spec.name.c_str();
+    const TensorView *t = file.find(spec.name);
+    if (!t) fail("%s: tensor '%s': missing", path, name);
+    Matrix m;
+    if (!dtype_from_name(t->dtype, &m.type) || (spec.is_norm && m.type != DType::f32)) {
+        fail("%s: tensor '%s': dtype: expected %s, found %s", path, name, spec.is_norm ? "F32" : "F32, F16 or BF16",
+             t->dtype.c_str());
+    }
+    if (t->shape != spec.shape) {
+        fail("%s: tensor '%s': shape: expected %s, found %s", path, name, shape_text(spec.shape).c_str(),
+             shape_text(t->shape).c_str());
+    }
+    if ((file.data_offset() + t->begin) % TENSOR_ALIGN != 0) {
+        fail("%s: tensor '%s': expected to start on a multiple of %d bytes, found byte %llu", path, name,
+             (int)TENSOR_ALIGN, (unsigned long long)(file.data_offset() + t->begin));
+    }
+    m.data = t->data;
+    if (spec.is_norm) {
+        const std::string bad = find_nonfinite(m.data, m.type, t->elements());
+        if (!bad.empty()) fail("%s: tensor '%s': %s", path, name, bad.c_str());
+    }
+    return m;
+}
+
+static const std::string &get_metadata(const Safetensors &file, const char *key) {
+    const auto found = file.metadata.find(key);
+    if (found == file.metadata.end()) {
+        fail("%s: __metadata__: %s: missing; not a model.bin (build/convert makes one from a checkpoint)",
+             file.path.c_str(), key);
+    }
+    return found->second;
+}
+
+static bool is_pad(const TensorView &t) {
+    return t.name.compare(0, strlen(PAD_PREFIX), PAD_PREFIX) == 0 && t.dtype == "U8" && t.bytes < TENSOR_ALIGN;
+}
+
+Model model_open(const std::string &path) {
+    Model m;
+    m.file = std::make_shared<Safetensors>(safetensors_open(path));
+    const Safetensors &file = *m.file;
+    const std::string &version = get_metadata(file, "format_version");
+    if (version != std::to_string(MODEL_FORMAT_VERSION)) {
+        refuse("%s: format_version: expected %d, found %s; convert the checkpoint again", path.c_str(),
+               MODEL_FORMAT_VERSION, printable(version).c_str());
+    }
+    m.config = config_from_json(get_metadata(file, "config"), path + ": config");
+    const Config &c = m.config;
+    m.tokenizer = tokenizer_from_json(get_metadata(file, "tokenizer"), path + ": tokenizer");
+    if (tokenizer_vocab(m.tokenizer) > c.vocab) {    // fewer is fine: rows are padded for the hardware's sake
+        fail("%s: tokenizer: expected at most vocab = %d tokens, found %d", path.c_str(), c.vocab,
+             tokenizer_vocab(m.tokenizer));
+    }
+
+    std::map<std::string, Matrix> found;
+    for (const TensorSpec &spec : config_tensors(c)) {
+        found[spec.name] = get_tensor(file, spec);
+        m.weights_bytes += file.find(spec.name)->bytes;
+    }
+    for (const auto &t : file.tensors) {
+        if (!found.count(t.first) && !is_pad(t.second)) {
+            fail("%s: tensor '%s': not expected in this model", path.c_str(), printable(t.first).c_str());
+        }
+    }
+    for (int l = 0; l < c.n_layers; l++) {
+        const std::string n = "layers." + std::to_string(l) + ".";
+        m.layers.push_back({(const float *)found[n + "attn_norm"].data, (const float *)found[n + "ffn_norm"].data,
+                            found[n + "wq"], found[n + "wk"], found[n + "wv"], found[n + "wo"], found[n + "w_gate"],
+                            found[n + "w_up"], found[n + "w_down"]});
+    }
+    m.embed = found["embed"];
+    m.unembed = c.tied ? m.embed : found["unembed"];
+    m.out_norm = (const float *)found["out_norm"].data;
+    m.step_bytes = m.weights_bytes - (c.tied ? 0 : (int64_t)file.find("embed")->bytes);
+    return m;
+}
