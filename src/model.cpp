@@ -161,24 +161,21 @@ std::vector<TensorSpec> config_tensors(const Config &c) {
     return specs;
 }
 
-std::string find_nonfinite(const void *data, DType type, int64_t n) {
-    // All exponent bits set is NaN or infinity in every one of the formats.
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t u;
-        bool bad;
-        if (type == DType::f32) {
-            u = ((const uint32_t *)data)[i];
-            bad = (u & 0x7f800000) == 0x7f800000;
-        } else {
-            u = ((const uint16_t *)data)[i];
-            const uint32_t exponent = type == DType::f16 ? 0x7c00 : 0x7f80;
-            bad = (u & exponent) == exponent;
-        }
-        if (!bad) continue;
-        const uint32_t mantissa = type == DType::f32 ? 0x7fffff : type == DType::f16 ? 0x3ff : 0x7f;
-        return strf("element %lld is %s", (long long)i, u & mantissa ? "NaN" : "infinite");
+// All exponent bits set is NaN or infinity in every one of the formats.  Whole blocks are judged first: that vectorises.
+template <class Word>
+static int64_t find_exponent(const Word *data, int64_t n, Word exponent) {
+    for (int64_t begin = 0; begin < n; begin += 4096) {
+        const int64_t end = std::min<int64_t>(n, begin + 4096);
+        int bad = 0;
+        for (int64_t i = begin; i < end; i++) bad |= (data[i] & exponent) == exponent;
+        for (int64_t i = begin; bad && i < end; i++) if ((data[i] & exponent) == exponent) return i;
     }
-    return "";
+    return -1;
+}
+
+int64_t find_nonfinite(const void *data, DType type, int64_t n) {
+    if (type == DType::f32) return find_exponent<uint32_t>((const uint32_t *)data, n, 0x7f800000);
+    return find_exponent<uint16_t>((const uint16_t *)data, n, type == DType::f16 ? 0x7c00 : 0x7f80);
 }
 
 // The matrix or norm of one spec, checked.
@@ -201,8 +198,11 @@ static Matrix get_tensor(const Safetensors &file, const TensorSpec &spec) {
     }
     m.data = t->data;
     if (spec.is_norm) {
-        const std::string bad = find_nonfinite(m.data, m.type, t->elements());
-        if (!bad.empty()) fail("%s: tensor '%s': %s", path, name, bad.c_str());
+        const int64_t bad = find_nonfinite(m.data, m.type, t->elements());
+        if (bad >= 0) {
+            fail("%s: tensor '%s': element %lld: expected a finite number, found %g", path, name, (long long)bad,
+                 ((const float *)m.data)[bad]);
+        }
     }
     return m;
 }

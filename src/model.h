@@ -61,5 +61,5 @@ struct Model {
 // (build/show does that).  Fails with file, tensor, expected, found.
 Model model_open(const std::string &path);
 
-// The tensor and its element, in words, if any of n values is NaN or infinite; empty when all are finite.
-std::string find_nonfinite(const void *data, DType type, int64_t n);
+// The first of n values that is NaN or infinite, -1 if all are finite.
+int64_t find_nonfinite(const void *data, DType type, int64_t n);
