@@ -1,10 +1,15 @@
-// ops.h - everything the forward pass asks of a backend.
+// ops.h - everything the forward pass asks of a backend: one table of functions, two values (cpu_ops, cuda_ops()).
 //
-// Legend: N rows, B slots, Hq query heads, Hkv kv heads, G = Hq/Hkv, d head dimension (always innermost), D model
-// dimension, F feed-forward dimension, V vocabulary, L layers, T positions.  Activations are f32, row-major.
+// Legend, used at every pointer: N rows, B slots, Hq query heads, Hkv kv heads, G = Hq/Hkv, d head dimension (always
+// innermost), D model dimension, F feed-forward dimension, V vocabulary, L layers, T positions.
+// Activations are f32, row-major.  An output never overlaps an input unless the comment says "in place".
+//
+// Row n's result never depends on the other rows of the step, on their number or on the thread count: every backend adds
+// up in an order that is fixed by the shapes of one row.
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include "base.h"
 
 enum class DType : uint8_t { f32, f16, bf16 };
@@ -15,3 +20,66 @@ struct Matrix {
     const void *data = nullptr;
     DType type = DType::f32;
 };
+
+// The new tokens of one step.  Decode is one row per sequence; prefill is many rows of one; a perplexity batch is many of
+// many.  The rows of one slot stand together, in increasing pos, without gaps.
+struct Batch {
+    int N;                 // rows
+    const int *token;      // (N)
+    const int *slot;       // (N)  which sequence of the KV cache
+    const int *pos;        // (N)  position in that sequence
+    const int *first;      // (N)  the first row of the same slot in this step
+    int n_out;             // rows whose logits are wanted
+    const int *out;        // (n_out)
+};
+
+// Cosines and sines of RoPE in two tables, computed in double: angle(64 b + r, j) = base[b][j] + step[r][j], so no kernel
+// ever calls sin or cos and every backend turns by the same numbers.
+struct RopeTable {
+    const float *base;     // (T/64, d/2, 2)   cos, sin of 64 b freq[j]
+    const float *step;     // (64, d/2, 2)     cos, sin of  r freq[j]
+};
+
+struct KvView;             // kv_block.h
+
+struct Ops {
+    const char *name;
+    void *(*alloc)   (size_t bytes);                                // 64-byte aligned; fails with the size when there is too little
+    void  (*release) (void *p);
+    void  (*upload)  (void *to, const void *host, size_t bytes);
+    void  (*download)(void *host, const void *from, size_t bytes);  // waits for all earlier work
+
+    void (*embed)    (float *x, Matrix table, const Batch &b, int D);                        // x[n,:] = table[token[n],:]
+    void (*gather)   (float *y, const float *x, const int *row, int n_rows, int D);          // y[i,:] = x[row[i],:]
+    void (*rmsnorm)  (float *y, const float *x, const float *w, float eps, int N, int D);    // y = w * x / rms(x)
+    void (*matmul)   (float *y, const float *x, Matrix W, int N, int in, int out);           // y (N,out) = x (N,in) W^T
+    void (*rope)     (float *q, const Batch &b, RopeTable table, int H, int d);              // q (N,H,d) turned by pos[n], in place
+    // The cache (kv_block.h says which tokens a row sees).  k, v (N,Hkv,d): this step's rows, keys before RoPE; k16, v16
+    // the same rounded to fp16, which is what everybody reads.  Three calls a layer, in this order:
+    void (*kv_write) (const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b);
+    void (*attention)(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
+    void (*kv_keep)  (const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b);
+    void (*swiglu)   (float *gate, const float *up, int64_t n);                              // gate = silu(gate) * up, in place
+    void (*add)      (float *x, const float *y, int64_t n);                                  // x += y, in place
+};
+
+extern const Ops cpu_ops;
+const Ops *cuda_ops();     // null: built without CUDA, or no usable device
+
+// What every page defines, once per backend.
+template <class Pointer> using OpFunction = std::remove_pointer_t<Pointer>;
+#define DECLARE_OPS(backend)                                                                                                      \
+    namespace backend {                                                                                                           \
+    OpFunction<decltype(Ops::embed)> embed;                                                                                       \
+    OpFunction<decltype(Ops::gather)> gather;                                                                                     \
+    OpFunction<decltype(Ops::rmsnorm)> rmsnorm;                                                                                   \
+    OpFunction<decltype(Ops::matmul)> matmul;                                                                                     \
+    OpFunction<decltype(Ops::rope)> rope;                                                                                         \
+    OpFunction<decltype(Ops::kv_write)> kv_write;                                                                                 \
+    OpFunction<decltype(Ops::attention)> attention;                                                                               \
+    OpFunction<decltype(Ops::kv_keep)> kv_keep;                                                                                   \
+    OpFunction<decltype(Ops::swiglu)> swiglu;                                                                                     \
+    OpFunction<decltype(Ops::add)> add;                                                                                           \
+    }
+DECLARE_OPS(cpu)
+DECLARE_OPS(cuda)

@@ -1,0 +1,361 @@
+/* attention - every row against the cached tokens of its sequence.
+
+   y[n,h,:] = sum_t p[t] v_t,    p = softmax_t( q[n,h,:] . k_t / sqrt(d) ),    t = 0..pos[n]
+
+   y, q      (N,Hq,d) f32, q after RoPE at its own position;  k16, v16 (N,Hkv,d) f16, this step's rows (kv_block.h)
+
+   Math      k_t = R code_t + RoPE_t(plain_t), v_t = R code_t + plain_t.  Rows are never rebuilt: R is symmetric and both
+             rotations move to the other side,
+                 q . k_t      = (R q) . code_t + (RoPE_-t q) . plain_t
+                 sum p_t v_t  = R (sum p_t code_t) + sum p_t plain_t
+             so R touches q once and the result once.  RoPE_-t is split: q is turned back to the block's first token once per
+             block, and plain_t forward by t mod 64, whose cosines are one small table for all blocks.
+             Softmax over a set of tokens is a triple (m, l, o): largest score, sum e^(s-m), sum e^(s-m) v.  Triples of
+             disjoint sets merge: m = max(ma, mb), l = la e^(ma-m) + lb e^(mb-m), o likewise.
+   Order     The blocks of SEGMENT x 64 tokens are added to one triple in order, then segments in order.  That order is the
+             same for one row and for many, and for any number of threads.
+   Work      A task is up to ROW_TILE rows of one block of positions (so they agree on what is coded) and one kv head.  A
+             cached block is widened to a tile of f32 once for all their G queries.  When there are fewer tasks than threads
+             can use, the segments of a task run in parallel.
+   Cost      4 d flops a token and query head, plus 6 d a token and kv head for turning and widening.
+   Limits    d a multiple of 8, at most 256; Hq a multiple of Hkv.
+   Tested by tests/test_attention.cpp                                                                               */
+#include <algorithm>
+#include <cmath>
+#include <vector>
+#include "hadamard.h"
+#include "kv_block.h"
+
+#ifndef __CUDACC__
+#include <omp.h>
+#include "dot.h"
+
+// Where the rows of one sequence stand in this step.
+struct SlotStep { int slot, row0, pos0; };
+
+// ---- reference ----------------------------------------------------------------------------------------
+// Rebuild every row in f64, then attention as in the formula.
+namespace reference {
+
+// Row t of one head as the formula says; key: with RoPE.
+static void rebuild(double *x, KvFormat format, const uint8_t *block, RopeTable rope, int d, int t, bool key) {
+    double plain[MAX_HEAD_DIM];
+    with_format(format, d, [&](auto f) {
+        using Format = decltype(f);
+        const auto &b = *(const typename Format::Block *)block;
+        for (int c = 0; c < d; c++) {
+            float a[1];
+            Format::load_code(a, b, t % KV_BLOCK, c), x[c] = a[0];
+            Format::load_plain(a, b, t % KV_BLOCK, c), plain[c] = a[0];
+        }
+        if (Format::rotated) {
+            const int p = d & -d;    // R by its definition: entry (r, c) of H is -1 to the number of common bits
+            double y[MAX_HEAD_DIM] = {};
+            for (int r = 0; r < d; r++)
+                for (int c = r / p * p; c < r / p * p + p; c++) y[r] += (__builtin_popcount(r & c & (p - 1)) % 2 ? -x[c] : x[c]) / std::sqrt(p);
+            std::copy(y, y + d, x);
+        }
+    });
+    for (int j = 0; j < d / 2; j++) {
+        float c = 1, s = 0;
+        if (key) rope_angle(c, s, rope, t, j, d);
+        x[j] += plain[j] * c - plain[j + d / 2] * s;
+        x[j + d / 2] += plain[j] * s + plain[j + d / 2] * c;
+    }
+}
+
+void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
+    const int d = kv.d, G = Hq / kv.Hkv;
+    std::vector<double> p, x(d), out(d);
+    for (int n = 0; n < b.N; n++)
+        for (int hq = 0; hq < Hq; hq++) {
+            const int h = hq / G, slot = b.slot[n], pos0 = b.pos[b.first[n]];
+            const int end = kv.coded_end(kv.exact_prefill ? pos0 : b.pos[n]);
+            const float *qn = q + ((int64_t)n * Hq + hq) * d;
+            auto row = [&](int t, bool key) {
+                const int i = t / KV_BLOCK;
+                if (i >= kv.sink && i < end)
+                    return rebuild(x.data(), key ? kv.k_format : kv.v_format, key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i),
+                                   kv.rope, d, t, key);
+                const f16 *from = t >= pos0 ? (key ? k16 : v16) + ((int64_t)(b.first[n] + t - pos0) * kv.Hkv + h) * d
+                                            : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer, slot, h, i) + t % KV_BLOCK * d;
+                f16 one[KV_BLOCK * MAX_HEAD_DIM];    // an f16 block that holds this row alone
+                memcpy(one + t % KV_BLOCK * d, from, d * sizeof(f16));
+                rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, kv.rope, d, t, key);
+            };
+            p.assign(b.pos[n] + 1, 0.0);
+            for (int t = 0; t <= b.pos[n]; t++) {
+                row(t, true);
+                for (int c = 0; c < d; c++) p[t] += qn[c] * x[c] / std::sqrt(d);
+            }
+            const double max = *std::max_element(p.begin(), p.end());
+            double sum = 0;
+            for (double &e : p) sum += e = std::exp(e - max);
+            std::fill(out.begin(), out.end(), 0.0);
+            for (int t = 0; t <= b.pos[n]; t++) {
+                row(t, false);
+                for (int c = 0; c < d; c++) out[c] += p[t] / sum * x[c];
+            }
+            for (int c = 0; c < d; c++) y[((int64_t)n * Hq + hq) * d + c] = (float)out[c];
+        }
+}
+}    // namespace reference
+
+// ---- the CPU backend ----------------------------------------------------------------------------------
+namespace cpu {
+
+constexpr int ROW_TILE = 16;    // rows of a task: G = 4 gives 64 queries for every block that is widened
+constexpr int SEGMENT = 16;     // blocks, 1,024 tokens: long enough that the merge does not show
+
+// One cached block as attention reads it: f32 rows, `stride` apart (d rounded up to whole lanes, the rest zero).
+struct Tile {
+    std::vector<float> code, plain;
+    bool has_code = false, has_plain = false, rotated = false;
+};
+
+// The triples of M queries: m, l (M), o (M, 2, stride) for the code and the plain half.
+struct Triples {
+    std::vector<float> m, l, o;
+    void clear(int M, int stride) {
+        m.assign(M, -INFINITY);
+        l.assign(M, 0.0f);
+        o.assign((size_t)M * 2 * stride, 0.0f);
+    }
+    void merge(int i, float m2, float l2, const float *o2, int n) {
+        const float top = std::max(m[i], m2);
+        if (top == -INFINITY) return;    // both empty
+        const float a = expf(m[i] - top), b = expf(m2 - top);
+        m[i] = top;
+        l[i] = l[i] * a + l2 * b;
+        float *oi = &o[(size_t)i * n];
+        for (int c = 0; c < n; c++) oi[c] = oi[c] * a + o2[c] * b;
+    }
+};
+
+// What one thread needs beside the result; grows to the largest shape once.
+struct Scratch {
+    Tile k, v;
+    std::vector<float> q, Rq, q_block, score, score2;    // queries (M, stride) three ways; scores (M, KV_BLOCK)
+    Triples total, part;
+};
+
+struct Task {
+    SlotStep step;
+    int row, rows, h;     // rows row..row+rows-1 of the step, kv head h
+    int coded_end;        // for all of them
+    int n_blocks;         // that the last row sees
+};
+
+// y[m,:] += sum_t p[m,t] x[t,:]; p (M, KV_BLOCK), x (n, stride), y rows y_stride apart.
+static void add_weighted(float *y, const float *p, const float *x, int M, int n, int stride, int y_stride) {
+    constexpr int R = DOT_ROWS, C = 16 / (DOT_ROWS * PARTS) ? 16 / (DOT_ROWS * PARTS) : 1;    // as many sums as registers hold
+    for (int c = 0; c < stride; c += C * LANES) {
+        const int chunks = std::min(C, (stride - c) / LANES);
+        for (int m = 0; m < M; m += R) {
+            const int rows = std::min(R, M - m);
+            f32x16 sum[R][C];
+            auto go = [&](auto whole) {
+                for (int r = 0; r < (whole ? R : rows); r++)
+                    for (int i = 0; i < (whole ? C : chunks); i++) sum[r][i] = load16(y + (int64_t)(m + r) * y_stride + c + i * LANES);
+                for (int t = 0; t < n; t++)
+                    for (int i = 0; i < (whole ? C : chunks); i++) {
+                        const f32x16 xt = load16(x + (int64_t)t * stride + c + i * LANES);
+                        for (int r = 0; r < (whole ? R : rows); r++) add_product(sum[r][i], xt, splat16(p[(m + r) * KV_BLOCK + t]));
+                    }
+                for (int r = 0; r < (whole ? R : rows); r++)
+                    for (int i = 0; i < (whole ? C : chunks); i++) store16(y + (int64_t)(m + r) * y_stride + c + i * LANES, sum[r][i]);
+            };
+            if (rows == R && chunks == C) go(std::true_type()); else go(std::false_type());
+        }
+    }
+}
+
+// Tile of a sealed block.
+static void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, int d, int stride) {
+    with_format(format, d, [&](auto f) {
+        using Format = decltype(f);
+        const auto &b = *(const typename Format::Block *)block;
+        tile.has_code = Format::has_code, tile.has_plain = Format::has_plain, tile.rotated = Format::rotated;
+        for (int t = 0; t < KV_BLOCK; t++)
+            for (int c = 0; c < d; c += 8) {
+                float x[8];
+                if (Format::has_code) Format::load_code(x, b, t, c), memcpy(&tile.code[t * stride + c], x, sizeof x);
+                if (Format::has_plain) Format::load_plain(x, b, t, c), memcpy(&tile.plain[t * stride + c], x, sizeof x);
+            }
+    });
+}
+
+// Tile of the first n tokens of exact block i: from the ring, then from this step's rows.
+static void load_exact(Tile &tile, const KvView &kv, int layer, const SlotStep &step, int h, int i, int n, int stride, const f16 *ring, const f16 *rows) {
+    tile.has_code = tile.rotated = false, tile.has_plain = true;
+    for (int t = 0; t < n; t++) {
+        const int pos = i * KV_BLOCK + t;
+        const f16 *from = pos < step.pos0 ? ring + kv.exact_at(layer, step.slot, h, i) + t * kv.d
+                                          : rows + ((int64_t)(step.row0 + pos - step.pos0) * kv.Hkv + h) * kv.d;
+        int c = 0;
+        for (; c + LANES <= kv.d; c += LANES) store16(&tile.plain[t * stride + c], load16(from + c));
+        for (; c < kv.d; c++) tile.plain[t * stride + c] = to_f32(from[c]);
+    }
+}
+
+// Rows 0..n-1 of a block of keys turned by their place in the block.
+static void turn_keys(float *plain, RopeTable rope, int n, int d, int stride) {
+    for (int t = 1; t < n; t++) {
+        float *x = plain + t * stride;
+        const float *angle = rope.step + (int64_t)t * d;
+        for (int j = 0; j < d / 2; j++) {
+            const float c = angle[2 * j], s = angle[2 * j + 1], lo = x[j], hi = x[j + d / 2];
+            x[j] = lo * c - hi * s;
+            x[j + d / 2] = lo * s + hi * c;
+        }
+    }
+}
+
+// Queries as seen from the first token of block i.
+static void turn_back(float *to, const float *q, RopeTable rope, int i, int M, int d, int stride) {
+    const float *angle = rope.base + (int64_t)i * d;
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < d / 2; j++) {
+            const float c = angle[2 * j], s = angle[2 * j + 1], lo = q[m * stride + j], hi = q[m * stride + j + d / 2];
+            to[m * stride + j] = lo * c + hi * s;
+            to[m * stride + j + d / 2] = hi * c - lo * s;
+        }
+}
+
+// The blocks [begin, end) into the triples of the task's queries, in order.
+static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int G) {
+    const int d = kv.d, stride = (int)ceil_div(d, LANES) * LANES, M = task.rows * G;
+    const SlotStep &step = task.step;
+    for (int i = begin; i < end; i++) {
+        const int last = b.pos[task.row + task.rows - 1] - i * KV_BLOCK;
+        const int n = std::min(KV_BLOCK, last + 1);    // tokens that the last row sees
+        if (i >= kv.sink && i < task.coded_end) {
+            load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), d, stride);
+            load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), d, stride);
+        } else {
+            load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
+            load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
+        }
+        // scores
+        if (s.k.has_plain) {
+            turn_keys(s.k.plain.data(), kv.rope, n, d, stride);
+            turn_back(s.q_block.data(), s.q.data(), kv.rope, i, M, d, stride);
+            dot_rows(s.score.data(), s.q_block.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);
+        }
+        if (s.k.has_code) {
+            float *score = s.k.has_plain ? s.score2.data() : s.score.data();
+            dot_rows(score, s.k.rotated ? s.Rq.data() : s.q.data(), s.k.code.data(), M, n, stride, KV_BLOCK, stride, stride);
+            if (s.k.has_plain)
+                for (int m = 0; m < M * KV_BLOCK; m++) s.score[m] += s.score2[m];
+        }
+        // softmax: scores become weights, triples are rescaled
+        for (int m = 0; m < M; m++) {
+            float *p = &s.score[m * KV_BLOCK];
+            const int seen = std::min(KV_BLOCK, b.pos[task.row + m / G] - i * KV_BLOCK + 1);
+            float top = to.m[m];
+            for (int t = 0; t < seen; t++) top = std::max(top, p[t]);
+            for (int t = std::max(seen, 0); t < KV_BLOCK; t++) p[t] = -INFINITY;
+            if (seen <= 0) {    // a row at an earlier position than this block
+                std::fill(p, p + KV_BLOCK, 0.0f);
+                continue;
+            }
+            const float a = expf(to.m[m] - top);
+            f32x16 sum = splat16(0.0f);
+            for (int t = 0; t < KV_BLOCK; t += LANES) {
+                const f32x16 e = exp16(load16(p + t) + splat16(-top));
+                store16(p + t, e);
+                sum = sum + e;
+            }
+            to.m[m] = top;
+            to.l[m] = to.l[m] * a + sum16(sum);
+            if (a != 1.0f)
+                for (int c = 0; c < 2 * stride; c++) to.o[(size_t)m * 2 * stride + c] *= a;
+        }
+        // values
+        if (s.v.has_code && s.v.rotated) add_weighted(to.o.data(), s.score.data(), s.v.code.data(), M, n, stride, 2 * stride);
+        if (s.v.has_code && !s.v.rotated) add_weighted(to.o.data() + stride, s.score.data(), s.v.code.data(), M, n, stride, 2 * stride);
+        if (s.v.has_plain) add_weighted(to.o.data() + stride, s.score.data(), s.v.plain.data(), M, n, stride, 2 * stride);
+    }
+}
+
+// Queries of the task, scaled by 1/sqrt(d), and R times them.
+static void load_queries(Scratch &s, const Task &task, const float *q, int Hq, int G, int d) {
+    const int stride = (int)ceil_div(d, LANES) * LANES, M = task.rows * G;
+    for (auto *x : {&s.q, &s.Rq, &s.q_block}) x->assign((size_t)M * stride, 0.0f);
+    for (auto *x : {&s.score, &s.score2}) x->assign((size_t)M * KV_BLOCK, 0.0f);
+    for (auto *x : {&s.k.code, &s.k.plain, &s.v.code, &s.v.plain}) x->assign((size_t)KV_BLOCK * stride, 0.0f);
+    for (int m = 0; m < M; m++) {
+        const float *from = q + ((int64_t)(task.row + m / G) * Hq + task.h * G + m % G) * d;
+        for (int c = 0; c < d; c++) s.q[m * stride + c] = s.Rq[m * stride + c] = from[c] / sqrtf((float)d);
+        hadamard(&s.Rq[m * stride], d);
+    }
+}
+
+static void store_result(float *y, Triples &total, const Task &task, int Hq, int G, int d) {
+    const int stride = (int)ceil_div(d, LANES) * LANES;
+    for (int m = 0; m < task.rows * G; m++) {
+        float *code = &total.o[(size_t)m * 2 * stride], *plain = code + stride;
+        hadamard(code, d);
+        float *to = y + ((int64_t)(task.row + m / G) * Hq + task.h * G + m % G) * d;
+        for (int c = 0; c < d; c++) to[c] = (code[c] + plain[c]) / total.l[m];
+    }
+}
+
+void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
+    const int d = kv.d, G = Hq / kv.Hkv, stride = (int)ceil_div(d, LANES) * LANES;
+    static std::vector<Task> tasks;        // kept between calls: nothing is allocated per token
+    static std::vector<Triples> parts;
+    tasks.clear();
+    int64_t segments = 0;
+    for (int n = 0, rows; n < b.N; n += rows) {
+        const SlotStep step = {b.slot[n], b.first[n], b.pos[b.first[n]]};
+        rows = 1;
+        while (rows < ROW_TILE && n + rows < b.N && b.first[n + rows] == step.row0 && b.pos[n + rows] / KV_BLOCK == b.pos[n] / KV_BLOCK) rows++;
+        const int end = kv.coded_end(kv.exact_prefill ? step.pos0 : b.pos[n]), n_blocks = b.pos[n] / KV_BLOCK + 1;
+        for (int h = 0; h < kv.Hkv; h++) tasks.push_back({step, n, rows, h, end, n_blocks});
+        segments = std::max(segments, ceil_div(n_blocks, SEGMENT));
+    }
+    const int n_tasks = (int)tasks.size();
+    auto range = [&](const Task &t, int s) { return std::make_pair(s * SEGMENT, std::min((s + 1) * SEGMENT, t.n_blocks)); };
+
+    if (n_tasks >= 2 * omp_get_max_threads() || segments == 1) {
+#pragma omp parallel for schedule(dynamic)
+        for (int i = 0; i < n_tasks; i++) {
+            static thread_local Scratch s;
+            const Task &task = tasks[n_tasks - 1 - i];    // the longest first
+            load_queries(s, task, q, Hq, G, d);
+            for (int seg = 0; seg < ceil_div(task.n_blocks, SEGMENT); seg++) {
+                Triples &to = seg == 0 ? s.total : s.part;
+                to.clear(task.rows * G, stride);
+                attend(to, s, task, range(task, seg).first, range(task, seg).second, kv, layer, k16, v16, b, G);
+                if (seg > 0)
+                    for (int m = 0; m < task.rows * G; m++) s.total.merge(m, s.part.m[m], s.part.l[m], &s.part.o[(size_t)m * 2 * stride], 2 * stride);
+            }
+            store_result(y, s.total, task, Hq, G, d);
+        }
+        return;
+    }
+    if ((int64_t)parts.size() < n_tasks * segments) parts.resize(n_tasks * segments);
+#pragma omp parallel for schedule(dynamic) collapse(2)
+    for (int i = 0; i < n_tasks; i++)
+        for (int seg = 0; seg < segments; seg++) {
+            static thread_local Scratch s;
+            const Task &task = tasks[i];
+            if (seg >= ceil_div(task.n_blocks, SEGMENT)) continue;
+            load_queries(s, task, q, Hq, G, d);
+            Triples &to = parts[i * segments + seg];
+            to.clear(task.rows * G, stride);
+            attend(to, s, task, range(task, seg).first, range(task, seg).second, kv, layer, k16, v16, b, G);
+        }
+    for (int i = 0; i < n_tasks; i++) {
+        const Task &task = tasks[i];
+        Triples &total = parts[i * segments];
+        for (int seg = 1; seg < ceil_div(task.n_blocks, SEGMENT); seg++) {
+            const Triples &part = parts[i * segments + seg];
+            for (int m = 0; m < task.rows * G; m++) total.merge(m, part.m[m], part.l[m], &part.o[(size_t)m * 2 * stride], 2 * stride);
+        }
+        store_result(y, total, task, Hq, G, d);
+    }
+}
+}    // namespace cpu
+#endif

@@ -1,0 +1,98 @@
+/* kv_write, kv_keep - this step's keys and values enter the cache; blocks that fall behind are sealed.
+
+   kv_write  k16, v16 (N,Hkv,d) f16 <- k, v (N,Hkv,d) f32, rounded; then for every slot of the step with positions
+             p0..p1 the blocks [coded_end(p0 - 1), coded_end(p1)) are sealed: their 64 rows are gathered from the ring
+             (t < p0) and from this step's rows, and encoded.
+   kv_keep   rows that stay exact (sinks, and t >= 64 coded_end(p1)) go to the ring.  After attention, because a row of this
+             step may still need what they replace.
+
+   Sealing is lazy: block i is sealed by the step that first reads it as codes, so a step of one row seals at most one
+   block per head, every 64 tokens.
+
+   Cost      per token, layer and kv head: 2 x 6 d bytes to round, 2 x 2 d to keep; sealing is seal() once per 64 tokens.
+   Tested by tests/test_kv.cpp                                                                                      */
+#include <algorithm>
+#include <vector>
+#include "kv_block.h"
+
+#ifndef __CUDACC__
+
+// ---- names and sizes ----------------------------------------------------------------------------------
+static const char *const format_names[] = {"f16"};
+static_assert(sizeof format_names / sizeof *format_names == (size_t)KvFormat::count, "one name a format");
+
+const char *kv_format_name(KvFormat f) { return format_names[(int)f]; }
+
+KvFormat kv_format_from_name(const std::string &name) {
+    std::string known;
+    for (int f = 0; f < (int)KvFormat::count; f++) {
+        if (name == format_names[f]) return (KvFormat)f;
+        known += std::string(" ") + format_names[f];
+    }
+    refuse("KV format '%s': unknown; there are%s", name.c_str(), known.c_str());
+}
+
+int64_t kv_block_bytes(KvFormat f, int d) {
+    return with_format(f, d, [](auto format) { return (int64_t)sizeof(typename decltype(format)::Block); });
+}
+
+// ---- reference: the CPU backend -----------------------------------------------------------------------
+namespace cpu {
+
+// One block: x (KV_BLOCK, d) f16, keys before RoPE.
+template <int D> static void seal(F16<D>, typename F16<D>::Block &block, const f16 *x) { memcpy(block.x, x, sizeof block.x); }
+
+static void seal_block(KvFormat format, int d, uint8_t *block, const f16 *x) {
+    with_format(format, d, [&](auto f) { seal(f, *(typename decltype(f)::Block *)block, x); });
+}
+
+static int last_row(const Batch &b, int n) {    // of the slot whose first row is n
+    int last = n;
+    while (last + 1 < b.N && b.first[last + 1] == n) last++;
+    return last;
+}
+
+void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b) {
+    const int d = kv.d, Hkv = kv.Hkv;
+    const int64_t values = (int64_t)b.N * Hkv * d;
+#pragma omp parallel for if (values > 16384)
+    for (int64_t i = 0; i < values; i++) {
+        k16[i] = to_f16(k[i]);
+        v16[i] = to_f16(v[i]);
+    }
+    for (int n = 0; n < b.N; n = last_row(b, n) + 1) {
+        const int slot = b.slot[n], p0 = b.pos[n], p1 = b.pos[last_row(b, n)];
+        const int begin = kv.coded_end(p0 - 1), end = kv.coded_end(p1);
+#pragma omp parallel for collapse(2) if (end > begin)
+        for (int i = begin; i < end; i++)
+            for (int h = 0; h < Hkv; h++) {
+                f16 x[2][KV_BLOCK * MAX_HEAD_DIM];
+                for (int t = i * KV_BLOCK; t < (i + 1) * KV_BLOCK; t++) {
+                    const int64_t ring = kv.exact_at(layer, slot, h, i) + (int64_t)(t % KV_BLOCK) * d;
+                    const int64_t row = ((int64_t)(n + t - p0) * Hkv + h) * d;
+                    const bool old = t < p0;
+                    memcpy(x[0] + (t % KV_BLOCK) * d, old ? kv.k_exact + ring : k16 + row, d * sizeof(f16));
+                    memcpy(x[1] + (t % KV_BLOCK) * d, old ? kv.v_exact + ring : v16 + row, d * sizeof(f16));
+                }
+                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x[0]);
+                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x[1]);
+            }
+    }
+}
+
+void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b) {
+    const int d = kv.d, Hkv = kv.Hkv;
+    for (int n = 0, last = 0; n < b.N; n++) {
+        if (b.first[n] == n) last = last_row(b, n);
+        const int i = b.pos[n] / KV_BLOCK;
+        if (i >= kv.sink && i < kv.coded_end(b.pos[last])) continue;
+        for (int h = 0; h < Hkv; h++) {
+            const int64_t ring = kv.exact_at(layer, b.slot[n], h, i) + (int64_t)(b.pos[n] % KV_BLOCK) * d;
+            const int64_t row = ((int64_t)n * Hkv + h) * d;
+            memcpy(kv.k_exact + ring, k16 + row, d * sizeof(f16));
+            memcpy(kv.v_exact + ring, v16 + row, d * sizeof(f16));
+        }
+    }
+}
+}    // namespace cpu
+#endif

@@ -1,0 +1,109 @@
+// simd.h - sixteen f32 lanes, for the fast CPU sections: one AVX-512 register, two of AVX2, four of SSE or NEON.
+//
+// The arithmetic is the same lane by lane on all of them and lanes are added in a fixed tree, so a sum has one order
+// everywhere.  (With -ffp-contract=fast, gcc's default, a*b + c is rounded once where the machine has FMA, else twice.)
+#pragma once
+#include <cmath>
+#include "base.h"
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int NATIVE = 16;
+#elif defined(__AVX__)
+constexpr int NATIVE = 8;
+#else
+constexpr int NATIVE = 4;
+#endif
+constexpr int PARTS = LANES / NATIVE;
+#define LANE_FUNCTION static inline __attribute__((always_inline))
+
+typedef float vn __attribute__((vector_size(NATIVE * 4)));                  // one machine register
+typedef int32_t vni __attribute__((vector_size(NATIVE * 4)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+typedef float vn_in_memory __attribute__((vector_size(NATIVE * 4), aligned(4), may_alias));
+struct f32x16 { vn part[PARTS]; };
+
+LANE_FUNCTION f32x16 load16(const float *p) {
+    f32x16 x;
+    for (int i = 0; i < PARTS; i++) x.part[i] = *(const vn_in_memory *)(p + i * NATIVE);
+    return x;
+}
+LANE_FUNCTION f32x16 load16(const bf16 *p) {
+    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
+    f32x16 x;
+    for (int i = 0; i < PARTS; i++) x.part[i] = (vn)(__builtin_convertvector(*(const halves *)(p + i * NATIVE), vni) << 16);
+    return x;
+}
+LANE_FUNCTION f32x16 load16(const f16 *p) {
+    f32x16 x;
+#if defined(__AVX512F__)
+    x.part[0] = (vn)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__)
+    for (int i = 0; i < PARTS; i++) x.part[i] = (vn)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i * NATIVE)));
+#else
+    for (int i = 0; i < LANES; i++) x.part[i / NATIVE][i % NATIVE] = to_f32(p[i]);
+#endif
+    return x;
+}
+LANE_FUNCTION void store16(float *p, f32x16 x) {
+    for (int i = 0; i < PARTS; i++) *(vn_in_memory *)(p + i * NATIVE) = x.part[i];
+}
+LANE_FUNCTION f32x16 splat16(float x) {
+    f32x16 y;
+    for (int i = 0; i < PARTS; i++) y.part[i] = x - vn{};
+    return y;
+}
+LANE_FUNCTION f32x16 operator+(f32x16 a, f32x16 b) {
+    for (int i = 0; i < PARTS; i++) a.part[i] += b.part[i];
+    return a;
+}
+LANE_FUNCTION f32x16 operator*(f32x16 a, f32x16 b) {
+    for (int i = 0; i < PARTS; i++) a.part[i] *= b.part[i];
+    return a;
+}
+LANE_FUNCTION void add_product(f32x16 &sum, f32x16 a, f32x16 b) {
+    for (int i = 0; i < PARTS; i++) sum.part[i] += a.part[i] * b.part[i];
+}
+
+// 16 lanes to 4: lane i takes i + 8, then i + 4.
+LANE_FUNCTION v4 fold16(f32x16 x) {
+    union { f32x16 all; v4 quarter[4]; } u = {x};
+    return (u.quarter[0] + u.quarter[2]) + (u.quarter[1] + u.quarter[3]);
+}
+// The sums of four vectors: lane i takes i + 2, then i + 1.
+LANE_FUNCTION v4 sum4(v4 a, v4 b, v4 c, v4 d) {
+    const v4i front = {0, 1, 4, 5}, back = {2, 3, 6, 7}, even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};
+    const v4 ab = __builtin_shuffle(a, b, front) + __builtin_shuffle(a, b, back);
+    const v4 cd = __builtin_shuffle(c, d, front) + __builtin_shuffle(c, d, back);
+    return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
+}
+LANE_FUNCTION float sum16(f32x16 x) {
+    const v4 a = fold16(x);
+    return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+// e^x for x <= 0 (softmax, sigmoid), relative error below 2e-7; below -87.3 the result is 0.
+// x = n ln 2 + r with |r| <= ln(2)/2; e^r by its Taylor polynomial of degree 7 (error 2^-27), 2^n through the exponent bits.
+LANE_FUNCTION f32x16 exp16(f32x16 x) {
+    for (int i = 0; i < PARTS; i++) {
+        const vni alive = x.part[i] > -87.3f;
+        const vn y = (vn)((vni)x.part[i] & alive);              // dead lanes compute e^0 and are cleared at the end
+        const float magic = 12582912.0f;                        // 1.5 2^23: adding it rounds to an integer
+        const vn n = (y * 1.44269504f + magic) - magic;
+        const vn r = (y - n * 0.693359375f) - n * -2.12194440e-4f;    // ln 2 in two parts: the first product is exact
+        vn e = r * (1.0f / 5040) + 1.0f / 720;
+        e = e * r + 1.0f / 120;
+        e = e * r + 1.0f / 24;
+        e = e * r + 1.0f / 6;
+        e = e * r + 0.5f;
+        e = e * r + 1.0f;
+        e = e * r + 1.0f;
+        e *= (vn)((__builtin_convertvector(n, vni) + 127) << 23);
+        x.part[i] = (vn)((vni)e & alive);
+    }
+    return x;
+}

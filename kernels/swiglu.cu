@@ -1,0 +1,53 @@
+/* swiglu, add - the elementwise operations.
+
+   swiglu    gate[i] = silu(gate[i]) * up[i],   silu(x) = x / (1 + e^-x)        in place, n = N F
+   add       x[i] += y[i]                       the residual stream             in place, n = N D
+
+   Source    Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202), equation 6.
+   Cost      12 bytes an element, beside matrices of F bytes an element: about 1% of a step.
+             Tried: the loop over expf() below as the CPU backend: 9% of a 512-row step, against 1% with 16 lanes.
+   Tested by tests/test_ops.cpp                                                                                  */
+#include <algorithm>
+#include <cmath>
+#include "ops.h"
+
+#ifndef __CUDACC__
+#include "simd.h"
+
+// ---- reference ----------------------------------------------------------------------------------------
+namespace reference {
+void swiglu(float *gate, const float *up, int64_t n) {
+    for (int64_t i = 0; i < n; i++) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+}
+}    // namespace reference
+
+// ---- the CPU backend ----------------------------------------------------------------------------------
+namespace cpu {
+
+// With e = e^-|x|, which never overflows:  silu(x) = x / (1 + e) for x >= 0,  x e / (1 + e) below.
+LANE_FUNCTION f32x16 silu16(f32x16 x) {
+    f32x16 e = x;
+    for (vn &part : e.part) part = part > 0.0f ? -part : part;
+    e = exp16(e);
+    for (int i = 0; i < PARTS; i++) x.part[i] = x.part[i] * (x.part[i] > 0.0f ? 1.0f - vn{} : e.part[i]) / (1.0f + e.part[i]);
+    return x;
+}
+
+void swiglu(float *gate, const float *up, int64_t n) {
+    const int64_t whole = n / LANES * LANES;
+#pragma omp parallel for if (n > 16384)
+    for (int64_t i = 0; i < whole; i += LANES) store16(gate + i, silu16(load16(gate + i)) * load16(up + i));
+    if (whole < n) {
+        float g[LANES] = {}, u[LANES] = {};
+        std::copy(gate + whole, gate + n, g);
+        std::copy(up + whole, up + n, u);
+        store16(g, silu16(load16(g)) * load16(u));
+        std::copy(g, g + (n - whole), gate + whole);
+    }
+}
+
+void add(float *x, const float *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+}    // namespace cpu
+#endif

@@ -1,0 +1,67 @@
+#include "forward.h"
+
+void forward(const Model &m, const KvView &kv, Activations &a, const Batch &b, const Ops &op) {
+    const Config &c = m.config;
+    const int N = b.N, D = c.dim, F = c.ffn_dim, d = c.head_dim, Hq = c.n_heads, Hkv = c.n_kv_heads;
+
+    op.embed(a.x, m.embed, b, D);
+    for (int l = 0; l < c.n_layers; l++) {
+        const LayerWeights &w = m.layers[l];
+
+        // attention: x += Wo attend(Wq n, Wk n, Wv n),  n = rmsnorm(x)
+        op.rmsnorm(a.xn, a.x, w.attn_norm, c.norm_eps, N, D);
+        op.matmul(a.q, a.xn, w.wq, N, D, Hq * d);
+        op.matmul(a.k, a.xn, w.wk, N, D, Hkv * d);
+        op.matmul(a.v, a.xn, w.wv, N, D, Hkv * d);
+        op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
+        op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
+        op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);
+        op.kv_keep(kv, l, a.k16, a.v16, b);
+        op.matmul(a.y, a.att, w.wo, N, Hq * d, D);
+        op.add(a.x, a.y, (int64_t)N * D);
+
+        // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)
+        op.rmsnorm(a.xn, a.x, w.ffn_norm, c.norm_eps, N, D);
+        op.matmul(a.gate, a.xn, w.w_gate, N, D, F);
+        op.matmul(a.up, a.xn, w.w_up, N, D, F);
+        op.swiglu(a.gate, a.up, (int64_t)N * F);
+        op.matmul(a.y, a.gate, w.w_down, N, F, D);
+        op.add(a.x, a.y, (int64_t)N * D);
+    }
+    if (b.n_out == 0) return;
+    op.gather(a.x_out, a.x, b.out, b.n_out, D);
+    op.rmsnorm(a.x_out, a.x_out, m.out_norm, c.norm_eps, b.n_out, D);
+    op.matmul(a.logits, a.x_out, m.unembed, b.n_out, D, c.vocab);
+}
+
+// ---- memory -----------------------------------------------------------------------------------------------
+struct Piece { void **to; int64_t bytes; };
+
+static std::vector<Piece> pieces_of(Activations &a, const Config &c, int64_t N, int64_t n_out) {
+    const int64_t q = (int64_t)c.n_heads * c.head_dim, kv = (int64_t)c.n_kv_heads * c.head_dim, f = sizeof(float);
+    return {{(void **)&a.x, N * c.dim * f},      {(void **)&a.xn, N * c.dim * f},    {(void **)&a.q, N * q * f},
+            {(void **)&a.k, N * kv * f},         {(void **)&a.v, N * kv * f},        {(void **)&a.att, N * q * f},
+            {(void **)&a.y, N * c.dim * f},      {(void **)&a.gate, N * c.ffn_dim * f}, {(void **)&a.up, N * c.ffn_dim * f},
+            {(void **)&a.k16, N * kv * 2},       {(void **)&a.v16, N * kv * 2},      {(void **)&a.x_out, n_out * c.dim * f},
+            {(void **)&a.logits, n_out * c.vocab * f}};
+}
+
+int64_t activations_bytes(const Config &c, int N, int n_out) {
+    Activations a;
+    int64_t bytes = 0;
+    for (const Piece &p : pieces_of(a, c, N, n_out)) bytes += p.bytes;
+    return bytes;
+}
+
+void activations_open(Activations &a, const Ops &ops, const Config &c, int N, int n_out) {
+    a.ops = &ops, a.N = N, a.n_out = n_out;
+    for (const Piece &p : pieces_of(a, c, N, n_out)) {
+        *p.to = ops.alloc(p.bytes);
+        a.memory.push_back(*p.to);
+        a.bytes += p.bytes;
+    }
+}
+
+Activations::~Activations() {
+    for (void *p : memory) ops->release(p);
+}

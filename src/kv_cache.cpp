@@ -1,0 +1,96 @@
+#include "kv_cache.h"
+#include <algorithm>
+#include <cmath>
+
+KvCache::~KvCache() {
+    for (void *p : memory) ops->release(p);
+}
+
+static KvView shape_of(const Config &c, const KvOptions &o, int slots, int context) {
+    if (o.sink % KV_BLOCK || o.recent % KV_BLOCK || o.sink < 0 || o.recent < 0)
+        refuse("--sink %d --recent %d: both must be multiples of %d", o.sink, o.recent, KV_BLOCK);
+    KvView v{};
+    v.k_format = o.k_format, v.v_format = o.v_format;
+    v.k_block_bytes = kv_block_bytes(o.k_format, c.head_dim), v.v_block_bytes = kv_block_bytes(o.v_format, c.head_dim);
+    v.L = c.n_layers, v.B = slots, v.Hkv = c.n_kv_heads, v.d = c.head_dim;
+    v.max_blocks = (int)ceil_div(context, KV_BLOCK);
+    v.sink = std::min(o.sink / KV_BLOCK, v.max_blocks), v.recent = std::min(o.recent / KV_BLOCK, v.max_blocks);
+    // A slot never seals its sinks, its recents or the open block.
+    v.n_blocks = slots * std::max(0, v.max_blocks - 1 - v.sink - v.recent);
+    v.exact_prefill = o.exact_prefill;
+    return v;
+}
+
+struct Sizes { int64_t k_sealed, v_sealed, exact, table, rope_base, rope_step; };
+static Sizes sizes_of(const KvView &v) {
+    const int64_t blocks = (int64_t)v.L * v.n_blocks * v.Hkv;
+    return {blocks * v.k_block_bytes,
+            blocks * v.v_block_bytes,
+            (int64_t)v.L * v.B * v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16),
+            (int64_t)v.B * v.max_blocks * (int64_t)sizeof(int),
+            (int64_t)v.max_blocks * v.d * (int64_t)sizeof(float),
+            (int64_t)KV_BLOCK * v.d * (int64_t)sizeof(float)};
+}
+
+int64_t kv_cache_bytes(const Config &c, const KvOptions &o, int slots, int context) {
+    const Sizes s = sizes_of(shape_of(c, o, slots, context));
+    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + s.rope_step;
+}
+
+double kv_bytes_per_token(const Config &c, const KvOptions &o) {
+    return (double)c.n_layers * c.n_kv_heads * (kv_block_bytes(o.k_format, c.head_dim) + kv_block_bytes(o.v_format, c.head_dim)) / KV_BLOCK;
+}
+
+void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOptions &o, int slots, int context) {
+    KvView v = shape_of(c, o, slots, context);
+    const Sizes s = sizes_of(v);
+    cache.ops = &ops;
+    cache.context = context;
+    auto take = [&](int64_t bytes) {
+        void *p = ops.alloc(bytes);
+        cache.memory.push_back(p);
+        cache.bytes += bytes;
+        return p;
+    };
+    v.k_sealed = (uint8_t *)take(s.k_sealed), v.v_sealed = (uint8_t *)take(s.v_sealed);
+    v.k_exact = (f16 *)take(s.exact), v.v_exact = (f16 *)take(s.exact);
+
+    const std::vector<double> freq = rope_frequencies(c);
+    auto angles = [&](int64_t bytes, int rows, int tokens) {
+        std::vector<float> t;
+        for (int r = 0; r < rows; r++)
+            for (double f : freq) t.push_back((float)std::cos((double)r * tokens * f)), t.push_back((float)std::sin((double)r * tokens * f));
+        float *p = (float *)take(bytes);
+        ops.upload(p, t.data(), bytes);
+        return p;
+    };
+    v.rope = {angles(s.rope_base, v.max_blocks, KV_BLOCK), angles(s.rope_step, KV_BLOCK, 1)};
+
+    cache.table.assign((size_t)v.B * v.max_blocks, 0);
+    cache.owned.assign(v.B, 0);
+    for (int i = v.n_blocks; i > 0; i--) cache.free_blocks.push_back(i - 1);
+    int *table = (int *)take(s.table);
+    ops.upload(table, cache.table.data(), s.table);
+    v.table = table;
+    cache.view = v;
+}
+
+void kv_cache_reserve(KvCache &cache, int slot, int len) {
+    const KvView &v = cache.view;
+    if (len > cache.context) fail("KV cache: %d tokens in slot %d, room for %d (-c)", len, slot, cache.context);
+    const int end = v.coded_end(len - 1);    // blocks [sink, end) are sealed by then
+    int &owned = cache.owned[slot];
+    if (v.sink + owned >= end) return;
+    for (; v.sink + owned < end; owned++) {
+        cache.table[(size_t)slot * v.max_blocks + v.sink + owned] = cache.free_blocks.back();
+        cache.free_blocks.pop_back();
+    }
+    const size_t row = (size_t)slot * v.max_blocks;
+    cache.ops->upload((int *)v.table + row, &cache.table[row], v.max_blocks * sizeof(int));
+}
+
+void kv_cache_clear(KvCache &cache, int slot) {
+    for (int i = cache.owned[slot]; i > 0; i--)
+        cache.free_blocks.push_back(cache.table[(size_t)slot * cache.view.max_blocks + cache.view.sink + i - 1]);
+    cache.owned[slot] = 0;
+}
