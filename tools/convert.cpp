@@ -1,7 +1,6 @@
 // convert.cpp - the command line of convert (checkpoint.h): a checkpoint of others becomes model.bin.
-#include <sys/stat.h>
 #include "checkpoint.h"
-#include "progress.h"
+#include "command.h"
 
 static const char *USAGE =
     "usage: convert SRC -o model.bin [--dtype f32|f16|bf16] [--tokenizer FILE]\n"
@@ -12,46 +11,26 @@ static const char *USAGE =
     "  --dtype T         of the matrices; default: as in the checkpoint\n"
     "  --tokenizer FILE  default: the tokenizer beside the weights\n";
 
-static int run(int argc, char **argv) {
+static void run(Arguments arguments) {
     ConvertOptions options;
-    for (int i = 1; i < argc; i++) {
-        const std::string arg = argv[i];
-        auto value = [&]() -> std::string {
-            if (i + 1 == argc) refuse("%s: needs a value", arg.c_str());
-            return argv[++i];
-        };
-        if (arg == "-h" || arg == "--help") return printf("%s", USAGE), 0;
-        if (arg == "-o") options.output = value();
-        else if (arg == "--dtype") options.dtype = value();
-        else if (arg == "--tokenizer") options.tokenizer = value();
-        else if (arg[0] == '-' && arg.size() > 1) refuse("unknown option '%s' (convert --help lists them)", arg.c_str());
-        else if (options.source.empty()) options.source = arg;
-        else refuse("expected one source, found '%s' and '%s'", options.source.c_str(), arg.c_str());
+    for (std::string word; arguments.next(&word);) {
+        if (word == "-h" || word == "--help") { printf("%s", USAGE); return; }
+        else if (word == "-o") options.output = arguments.value();
+        else if (word == "--dtype") options.dtype = arguments.value();
+        else if (word == "--tokenizer") options.tokenizer = arguments.value();
+        else if (word[0] == '-') refuse("unknown option '%s' (convert --help lists them)", word.c_str());
+        else if (options.source.empty()) options.source = word;
+        else refuse("expected one source, found '%s' and '%s'", options.source.c_str(), word.c_str());
     }
-    if (options.source.empty() || options.output.empty()) refuse("expected convert SRC -o model.bin (convert --help says more)");
-    ProgressLine progress;
-    options.progress = std::ref(progress);
-    try {
+    if (options.source.empty() || options.output.empty()) {
+        refuse("expected convert SRC -o model.bin (convert --help says more)");
+    }
+    {
+        ProgressLine progress;
+        options.progress = std::ref(progress);
         convert(options);
-    } catch (...) {
-        progress.clear();
-        throw;
     }
-    progress.clear();
-    struct stat info;
-    stat(options.output.c_str(), &info);
-    fprintf(stderr, "wrote %s (%.1f MB)\n", options.output.c_str(), info.st_size / 1e6);
-    return 0;
+    report_written(options.output);
 }
 
-int main(int argc, char **argv) {
-    try {
-        return run(argc, argv);
-    } catch (const Error &e) {
-        fprintf(stderr, "convert: %s\n", e.what());
-        return e.exit_code;
-    } catch (const std::bad_alloc &) {
-        fprintf(stderr, "convert: out of memory\n");
-        return 1;
-    }
-}
+int main(int argc, char **argv) { return run_command("convert", argc, argv, run); }
