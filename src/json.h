@@ -22,13 +22,13 @@ inline std::string printable(std::string text) {
 }
 
 // A value for an error message.
-inline std::string json_show(const Json &value) {
+inline std::string show_json(const Json &value) {
     if (value.is_object()) return "an object";
     if (value.is_array() && value.size() > 8) return strf("a list of %zu", value.size());
     return printable(value.dump(-1, ' ', false, Json::error_handler_t::replace));
 }
 
-inline Json json_parse(const char *text, size_t bytes, const std::string &where, size_t max_depth = 16) {
+inline Json parse_json(const char *text, size_t bytes, const std::string &where, size_t max_depth = 16) {
     std::vector<std::set<std::string>> keys;    // of the objects and lists that are open
     auto check = [&](int, Json::parse_event_t event, Json &value) {
         using Event = Json::parse_event_t;
@@ -38,7 +38,7 @@ inline Json json_parse(const char *text, size_t bytes, const std::string &where,
         } else if (event == Event::object_end || event == Event::array_end) {
             keys.pop_back();
         } else if (event == Event::key && !keys.back().insert(value.get_ref<const std::string &>()).second) {
-            fail("%s: the key %s occurs twice", where.c_str(), json_show(value).c_str());
+            fail("%s: the key %s occurs twice", where.c_str(), show_json(value).c_str());
         }
         return true;
     };
@@ -50,37 +50,37 @@ inline Json json_parse(const char *text, size_t bytes, const std::string &where,
     }
 }
 
-inline const Json &json_field(const Json &object, const char *key, const std::string &where) {
+inline const Json &get_field(const Json &object, const char *key, const std::string &where) {
     const auto found = object.find(key);
     if (found == object.end()) fail("%s: %s: missing", where.c_str(), key);
     return *found;
 }
 
 // A whole number in [min, max].  Floats are not whole numbers here, whatever their value.
-inline int64_t json_int(const Json &value, const char *key, int64_t min, int64_t max, const std::string &where) {
+inline int64_t get_int(const Json &value, const char *key, int64_t min, int64_t max, const std::string &where) {
     const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= (uint64_t)std::numeric_limits<int64_t>::max()
                                                  : value.is_number_integer();
     if (!fits || value.get<int64_t>() < min || value.get<int64_t>() > max) {
         fail("%s: %s: expected a whole number from %lld to %lld, found %s", where.c_str(), key, (long long)min,
-             (long long)max, json_show(value).c_str());
+             (long long)max, show_json(value).c_str());
     }
     return value.get<int64_t>();
 }
 
 // A number in [min, max] as f32.
-inline float json_float(const Json &value, const char *key, double min, double max, const std::string &where) {
+inline float get_float(const Json &value, const char *key, double min, double max, const std::string &where) {
     if (!value.is_number() || !(value.get<double>() >= min && value.get<double>() <= max)) {
-        fail("%s: %s: expected a number from %g to %g, found %s", where.c_str(), key, min, max, json_show(value).c_str());
+        fail("%s: %s: expected a number from %g to %g, found %s", where.c_str(), key, min, max, show_json(value).c_str());
     }
     return value.get<float>();
 }
 
-inline bool json_bool(const Json &value, const char *key, const std::string &where) {
-    if (!value.is_boolean()) fail("%s: %s: expected true or false, found %s", where.c_str(), key, json_show(value).c_str());
+inline bool get_bool(const Json &value, const char *key, const std::string &where) {
+    if (!value.is_boolean()) fail("%s: %s: expected true or false, found %s", where.c_str(), key, show_json(value).c_str());
     return value.get<bool>();
 }
 
-inline const std::string &json_string(const Json &value, const char *key, const std::string &where) {
-    if (!value.is_string()) fail("%s: %s: expected a string, found %s", where.c_str(), key, json_show(value).c_str());
+inline const std::string &get_string(const Json &value, const char *key, const std::string &where) {
+    if (!value.is_string()) fail("%s: %s: expected a string, found %s", where.c_str(), key, show_json(value).c_str());
     return value.get_ref<const std::string &>();
 }

@@ -78,45 +78,45 @@ std::string config_to_json(const Config &c) {
 }
 
 static void check_keys(const Json &object, const std::vector<std::string> &known, const std::string &where) {
-    if (!object.is_object()) fail("%s: expected an object, found %s", where.c_str(), json_show(object).c_str());
+    if (!object.is_object()) fail("%s: expected an object, found %s", where.c_str(), show_json(object).c_str());
     for (const auto &item : object.items()) {
         // A field we do not know could change what the weights mean.
         if (std::find(known.begin(), known.end(), item.key()) == known.end()) {
             fail("%s: unknown field '%s'", where.c_str(), printable(item.key()).c_str());
         }
     }
-    for (const std::string &key : known) json_field(object, key.c_str(), where);
+    for (const std::string &key : known) get_field(object, key.c_str(), where);
 }
 
 static std::vector<int> read_ids(const Json &list, const char *key, const std::string &where) {
-    if (!list.is_array()) fail("%s: %s: expected a list, found %s", where.c_str(), key, json_show(list).c_str());
+    if (!list.is_array()) fail("%s: %s: expected a list, found %s", where.c_str(), key, show_json(list).c_str());
     std::vector<int> ids;
-    for (const Json &id : list) ids.push_back((int)json_int(id, key, 0, INT32_MAX, where));
+    for (const Json &id : list) ids.push_back((int)get_int(id, key, 0, INT32_MAX, where));
     return ids;
 }
 
 Config config_from_json(const std::string &text, const std::string &where) {
-    const Json j = json_parse(text.data(), text.size(), where);
+    const Json j = parse_json(text.data(), text.size(), where);
     std::vector<std::string> known = {"norm_eps", "rope_theta", "rope_scaling", "tied", "bos", "eos", "dialect"};
     for (const IntField &f : INT_FIELDS) known.push_back(f.name);
     check_keys(j, known, where);
 
     Config c;
-    for (const IntField &f : INT_FIELDS) c.*f.field = (int)json_int(j[f.name], f.name, 1, f.max, where);
-    c.norm_eps = json_float(j["norm_eps"], "norm_eps", 0, 1, where);
-    c.rope_theta = json_float(j["rope_theta"], "rope_theta", 1, 1e12, where);
+    for (const IntField &f : INT_FIELDS) c.*f.field = (int)get_int(j[f.name], f.name, 1, f.max, where);
+    c.norm_eps = get_float(j["norm_eps"], "norm_eps", 0, 1, where);
+    c.rope_theta = get_float(j["rope_theta"], "rope_theta", 1, 1e12, where);
     if (const Json &r = j["rope_scaling"]; !r.is_null()) {
         const std::string in = where + ": rope_scaling";
         check_keys(r, {"factor", "low_freq_factor", "high_freq_factor", "original_len"}, in);
-        c.rope_factor = json_float(r["factor"], "factor", 1, 1e6, in);
-        c.rope_low_freq = json_float(r["low_freq_factor"], "low_freq_factor", 0, 1e6, in);
-        c.rope_high_freq = json_float(r["high_freq_factor"], "high_freq_factor", 0, 1e6, in);
-        c.rope_original_len = (int)json_int(r["original_len"], "original_len", 1, 1 << 26, in);
+        c.rope_factor = get_float(r["factor"], "factor", 1, 1e6, in);
+        c.rope_low_freq = get_float(r["low_freq_factor"], "low_freq_factor", 0, 1e6, in);
+        c.rope_high_freq = get_float(r["high_freq_factor"], "high_freq_factor", 0, 1e6, in);
+        c.rope_original_len = (int)get_int(r["original_len"], "original_len", 1, 1 << 26, in);
     }
-    c.tied = json_bool(j["tied"], "tied", where);
+    c.tied = get_bool(j["tied"], "tied", where);
     c.bos = read_ids(j["bos"], "bos", where);
     c.eos = read_ids(j["eos"], "eos", where);
-    c.dialect = json_string(j["dialect"], "dialect", where);
+    c.dialect = get_string(j["dialect"], "dialect", where);
     config_check(c, where);
     return c;
 }

@@ -88,29 +88,29 @@ static void map_file(Safetensors &file) {
 // One entry of the header: {"dtype": string, "shape": [n, ...], "data_offsets": [begin, end]}.
 static TensorView read_entry(const Safetensors &file, const std::string &name, const Json &entry) {
     const std::string where = file.path + ": tensor '" + printable(name) + "'";
-    if (!entry.is_object()) fail("%s: expected an object, found %s", where.c_str(), json_show(entry).c_str());
+    if (!entry.is_object()) fail("%s: expected an object, found %s", where.c_str(), show_json(entry).c_str());
     TensorView t;
     t.name = name;
-    t.dtype = printable(json_string(json_field(entry, "dtype", where), "dtype", where));
+    t.dtype = printable(get_string(get_field(entry, "dtype", where), "dtype", where));
 
-    const Json &shape = json_field(entry, "shape", where);
+    const Json &shape = get_field(entry, "shape", where);
     if (!shape.is_array() || shape.size() > 8) {
-        fail("%s: shape: expected a list of at most 8, found %s", where.c_str(), json_show(shape).c_str());
+        fail("%s: shape: expected a list of at most 8, found %s", where.c_str(), show_json(shape).c_str());
     }
     int64_t elements = 1;
     for (const Json &n : shape) {
-        t.shape.push_back(json_int(n, "shape", 0, INT64_MAX, where));
+        t.shape.push_back(get_int(n, "shape", 0, INT64_MAX, where));
         if (__builtin_mul_overflow(elements, t.shape.back(), &elements)) {
             fail("%s: shape: %s elements are more than 64 bits can count", where.c_str(), shape_text(t.shape).c_str());
         }
     }
     const uint64_t data_bytes = file.file_bytes - file.data_offset();
-    const Json &offsets = json_field(entry, "data_offsets", where);
+    const Json &offsets = get_field(entry, "data_offsets", where);
     if (!offsets.is_array() || offsets.size() != 2) {
-        fail("%s: data_offsets: expected [begin, end], found %s", where.c_str(), json_show(offsets).c_str());
+        fail("%s: data_offsets: expected [begin, end], found %s", where.c_str(), show_json(offsets).c_str());
     }
-    const uint64_t begin = json_int(offsets[0], "data_offsets", 0, INT64_MAX, where);
-    const uint64_t end = json_int(offsets[1], "data_offsets", 0, INT64_MAX, where);
+    const uint64_t begin = get_int(offsets[0], "data_offsets", 0, INT64_MAX, where);
+    const uint64_t end = get_int(offsets[1], "data_offsets", 0, INT64_MAX, where);
     if (begin > end || end > data_bytes) {
         fail("%s: data_offsets: expected begin <= end <= %llu (the data in this file), found [%llu, %llu]%s", where.c_str(),
              (unsigned long long)data_bytes, (unsigned long long)begin, (unsigned long long)end,
@@ -165,8 +165,8 @@ Safetensors safetensors_open(const std::string &path) {
     }
     file.header_bytes = header_bytes;
     // {"name": {"shape": [...]}} is three deep; nothing in the container is deeper.
-    const Json header = json_parse((const char *)file.map + 8, header_bytes, path + ": header", 3);
-    if (!header.is_object()) fail("%s: header: expected an object, found %s", path.c_str(), json_show(header).c_str());
+    const Json header = parse_json((const char *)file.map + 8, header_bytes, path + ": header", 3);
+    if (!header.is_object()) fail("%s: header: expected an object, found %s", path.c_str(), show_json(header).c_str());
     for (const auto &entry : header.items()) {
         if (entry.key() != "__metadata__") {
             file.tensors[entry.key()] = read_entry(file, entry.key(), entry.value());
@@ -174,10 +174,10 @@ Safetensors safetensors_open(const std::string &path) {
         }
         const std::string where = path + ": __metadata__";
         if (!entry.value().is_object()) {
-            fail("%s: expected an object, found %s", where.c_str(), json_show(entry.value()).c_str());
+            fail("%s: expected an object, found %s", where.c_str(), show_json(entry.value()).c_str());
         }
         for (const auto &m : entry.value().items()) {
-            file.metadata[m.key()] = json_string(m.value(), printable(m.key()).c_str(), where);
+            file.metadata[m.key()] = get_string(m.value(), printable(m.key()).c_str(), where);
         }
     }
     check_tiling(file);

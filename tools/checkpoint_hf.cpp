@@ -24,12 +24,12 @@ static void refuse_unsupported(const Json &j, const std::string &path) {
         const auto found = j.find(o.key);
         if (found == j.end() || found->is_null() || *found == o.value) continue;
         refuse("%s: %s: not supported: expected %s, found %s", path.c_str(), o.key,
-               o.value.is_null() ? "none" : json_show(o.value).c_str(), json_show(*found).c_str());
+               o.value.is_null() ? "none" : show_json(o.value).c_str(), show_json(*found).c_str());
     }
 }
 
 static std::string read_model_type(const Json &j, const std::string &path) {
-    const std::string type = json_string(json_field(j, "model_type", path), "model_type", path);
+    const std::string type = get_string(get_field(j, "model_type", path), "model_type", path);
     if (type != "llama" && type != "mistral") {
         refuse("%s: model_type: not supported: expected llama or mistral, found '%s'", path.c_str(), printable(type).c_str());
     }
@@ -38,7 +38,7 @@ static std::string read_model_type(const Json &j, const std::string &path) {
         const std::string name = list.is_array() && list.size() == 1 && list[0].is_string() ? list[0].get<std::string>() : "";
         if (name != "LlamaForCausalLM" && name != "LLaMAForCausalLM" && name != "MistralForCausalLM") {
             refuse("%s: architectures: not supported: expected LlamaForCausalLM or MistralForCausalLM, found %s",
-                   path.c_str(), json_show(list).c_str());
+                   path.c_str(), show_json(list).c_str());
         }
     }
     return type;
@@ -52,22 +52,22 @@ static void read_rope(Config &c, const Json &j, const std::string &path) {
         if (!given(j, key)) continue;
         const Json &r = j[key];
         const std::string where = path + ": " + key;
-        if (!r.is_object()) fail("%s: expected an object, found %s", where.c_str(), json_show(r).c_str());
+        if (!r.is_object()) fail("%s: expected an object, found %s", where.c_str(), show_json(r).c_str());
         if (given(r, "rope_theta")) theta = &r["rope_theta"];
         const char *type_key = r.contains("rope_type") ? "rope_type" : "type";    // the older name
-        const std::string type = json_string(json_field(r, type_key, where), type_key, where);
+        const std::string type = get_string(get_field(r, type_key, where), type_key, where);
         if (type == "default" || type == "none") continue;
         if (type != "llama3") {
             refuse("%s: %s: not supported: expected llama3 or default, found '%s'", where.c_str(), type_key, printable(type).c_str());
         }
-        auto number = [&](const char *name) { return json_float(json_field(r, name, where), name, 1e-3, 1e6, where); };
+        auto number = [&](const char *name) { return get_float(get_field(r, name, where), name, 1e-3, 1e6, where); };
         c.rope_factor = number("factor");
         c.rope_low_freq = number("low_freq_factor");
         c.rope_high_freq = number("high_freq_factor");
         const char *original = "original_max_position_embeddings";
-        c.rope_original_len = (int)json_int(json_field(r, original, where), original, 1, 1 << 26, where);
+        c.rope_original_len = (int)get_int(get_field(r, original, where), original, 1, 1 << 26, where);
     }
-    if (theta) c.rope_theta = json_float(*theta, "rope_theta", 1, 1e12, path);
+    if (theta) c.rope_theta = get_float(*theta, "rope_theta", 1, 1e12, path);
 }
 
 // Adds the ids of `key`, a number or a list of them, to ids.
@@ -75,15 +75,15 @@ static void add_ids(std::vector<int> &ids, const Json &j, const char *key, int v
     if (!j.contains(key) || j[key].is_null()) return;
     const Json list = j[key].is_array() ? j[key] : Json::array({j[key]});
     for (const Json &value : list) {
-        const int id = (int)json_int(value, key, 0, vocab - 1, path);
+        const int id = (int)get_int(value, key, 0, vocab - 1, path);
         if (std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
     }
 }
 
 static Json read_json(const std::string &path, uint64_t max_bytes) {
     const std::string text = read_text(path, max_bytes);
-    Json j = json_parse(text.data(), text.size(), path);
-    if (!j.is_object()) fail("%s: expected an object, found %s", path.c_str(), json_show(j).c_str());
+    Json j = parse_json(text.data(), text.size(), path);
+    if (!j.is_object()) fail("%s: expected an object, found %s", path.c_str(), show_json(j).c_str());
     return j;
 }
 
@@ -94,7 +94,7 @@ Config read_hf_config(const std::string &path) {
     refuse_unsupported(j, path);
     auto number = [&](const char *key, int absent) {
         if (absent && (!j.contains(key) || j[key].is_null())) return absent;
-        return (int)json_int(json_field(j, key, path), key, 1, INT32_MAX, path);
+        return (int)get_int(get_field(j, key, path), key, 1, INT32_MAX, path);
     };
     const bool mistral = c.dialect == "mistral";
     c.dim = number("hidden_size", 0);
@@ -109,8 +109,8 @@ Config read_hf_config(const std::string &path) {
     }
     c.head_dim = number("head_dim", std::max(1, c.dim / c.n_heads));
     c.norm_eps = 1e-6f;
-    if (j.contains("rms_norm_eps")) c.norm_eps = json_float(j["rms_norm_eps"], "rms_norm_eps", 0, 1, path);
-    if (j.contains("tie_word_embeddings")) c.tied = json_bool(j["tie_word_embeddings"], "tie_word_embeddings", path);
+    if (j.contains("rms_norm_eps")) c.norm_eps = get_float(j["rms_norm_eps"], "rms_norm_eps", 0, 1, path);
+    if (j.contains("tie_word_embeddings")) c.tied = get_bool(j["tie_word_embeddings"], "tie_word_embeddings", path);
     read_rope(c, j, path);
 
     const bool no_window = j.contains("sliding_window") ? j["sliding_window"].is_null() : !mistral;
@@ -146,10 +146,10 @@ static std::vector<std::string> find_weight_files(const std::string &folder) {
     const std::string index = folder + "model.safetensors.index.json";
     if (file_exists(index)) {
         const Json j = read_json(index, MAX_INDEX_BYTES);
-        const Json &map = json_field(j, "weight_map", index);
-        if (!map.is_object()) fail("%s: weight_map: expected an object, found %s", index.c_str(), json_show(map).c_str());
+        const Json &map = get_field(j, "weight_map", index);
+        if (!map.is_object()) fail("%s: weight_map: expected an object, found %s", index.c_str(), show_json(map).c_str());
         for (const auto &entry : map.items()) {
-            const std::string &shard = json_string(entry.value(), printable(entry.key()).c_str(), index);
+            const std::string &shard = get_string(entry.value(), printable(entry.key()).c_str(), index);
             // A name that leads out of the folder is no shard.
             if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos) {
                 fail("%s: %s: expected a file name, found '%s'", index.c_str(), printable(entry.key()).c_str(), printable(shard).c_str());
