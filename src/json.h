@@ -28,7 +28,7 @@ inline std::string show_json(const Json &value) {
     return printable(value.dump(-1, ' ', false, Json::error_handler_t::replace));
 }
 
-inline Json parse_json(const char *text, size_t bytes, const std::string &where, size_t max_depth = 16) {
+inline Json parse_strict_json(const char *text, size_t bytes, const std::string &where, size_t max_depth = 16) {
     std::vector<std::set<std::string>> keys;    // of the objects and lists that are open
     auto check = [&](int, Json::parse_event_t event, Json &value) {
         using Event = Json::parse_event_t;

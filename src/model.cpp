@@ -96,7 +96,7 @@ static std::vector<int> read_ids(const Json &list, const char *key, const std::s
 }
 
 Config config_from_json(const std::string &text, const std::string &where) {
-    const Json j = parse_json(text.data(), text.size(), where);
+    const Json j = parse_strict_json(text.data(), text.size(), where);
     std::vector<std::string> known = {"norm_eps", "rope_theta", "rope_scaling", "tied", "bos", "eos", "dialect"};
     for (const IntField &f : INT_FIELDS) known.push_back(f.name);
     check_keys(j, known, where);

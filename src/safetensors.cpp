@@ -165,7 +165,7 @@ Safetensors safetensors_open(const std::string &path) {
     }
     file.header_bytes = header_bytes;
     // {"name": {"shape": [...]}} is three deep; nothing in the container is deeper.
-    const Json header = parse_json((const char *)file.map + 8, header_bytes, path + ": header", 3);
+    const Json header = parse_strict_json((const char *)file.map + 8, header_bytes, path + ": header", 3);
     if (!header.is_object()) fail("%s: header: expected an object, found %s", path.c_str(), show_json(header).c_str());
     for (const auto &entry : header.items()) {
         if (entry.key() != "__metadata__") {

@@ -1,0 +1,65 @@
+# make demo        install what is missing, build, tell a story with the bundled model
+# make             ./run and build/{convert,show,random_model,make_codebook}; with CUDA if nvcc is on the PATH, else CPU only
+# make test        build and run every test         make test T='attention*'    only the doctest cases of that name
+# make bench       speed against what this machine allows, on the bundled model
+# make clean
+# CUDA=0 CPU only      ARCH=sm_90 one GPU architecture      DEBUG=1 ASan and UBSan      INC=DIR more header folders
+NVCC  := $(shell which nvcc 2>/dev/null)
+CUDA  ?= $(if $(NVCC),1,0)
+ARCH  ?= native
+DEBUG ?= 0
+INC   ?=
+BUILD := build/cuda$(CUDA)-debug$(DEBUG)#    objects of different configurations never mix
+
+INCLUDES := -Isrc -Ikernels -Itokenizer -Itools $(INC:%=-I%)
+CXXFLAGS := -std=c++17 -g -Wall -Wextra -fopenmp -march=native $(INCLUDES) -MMD -MP
+ifeq ($(DEBUG),1)
+  CXXFLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+else
+  CXXFLAGS += -O3
+endif
+
+# A page of kernels/ holds a CPU half and a CUDA half: g++ compiles the first, nvcc the second.
+LIB   := $(filter-out src/main.cpp,$(wildcard src/*.cpp)) $(wildcard kernels/*.cpp kernels/*.cu tokenizer/*.cpp)
+TOOLS := convert show random_model make_codebook
+TOOL_LIB := $(filter-out $(TOOLS:%=tools/%.cpp),$(wildcard tools/*.cpp))
+TESTS := $(filter-out tests/%_main.cpp,$(wildcard tests/*.cpp))
+obj    = $(1:%=$(BUILD)/%.o)
+
+all: run $(TOOLS:%=build/%)
+run: $(BUILD)/run
+	@cp $< $@
+build/%: $(BUILD)/tool-%
+	@cp $< $@
+
+$(BUILD)/run: $(call obj,src/main.cpp $(LIB))
+	$(CXX) $(CXXFLAGS) $^ -o $@
+$(BUILD)/test: $(call obj,$(TESTS) $(TOOL_LIB) $(LIB))
+	$(CXX) $(CXXFLAGS) $^ -o $@
+$(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
+	$(CXX) $(CXXFLAGS) $^ -o $@
+$(BUILD)/%.cpp.o: %.cpp | headers
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -c $< -o $@
+$(BUILD)/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+.SECONDARY:
+
+# The two header packages, from Debian or Ubuntu.
+headers:
+	@sh tools/need_headers.sh "$(CXX)" "$(INC:%=-I%)"
+
+demo: all
+	./run tests/models/books-5m.bin -p "Once upon a time, there was a little" -n 200 --temp 0.8 --top-p 0.95 -s 1
+
+test: all $(BUILD)/test
+	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
+
+bench: all
+	./run tests/models/books-5m.bin --bench -d 0,768
+
+clean:
+	rm -rf build run
+.PHONY: all headers demo test bench clean

@@ -1,0 +1,172 @@
+// main.cpp - options in, a mode out: the only file that prints usage and the only one that catches errors.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+#include "bench.h"
+#include "files.h"
+#include "generate.h"
+#include "perplexity.h"
+
+static const char usage[] =
+    "usage: run MODEL.bin -p \"Once upon a time\" [options]     tell a story\n"
+    "       run MODEL.bin --ppl FILE [options]                measure how well the model predicts a text\n"
+    "       run MODEL.bin --bench [options]                   measure speed against what the machine allows\n"
+    "\n"
+    "text      -p TEXT          the prompt (-i is the same); \"\" starts from the model's BOS token alone\n"
+    "          -f FILE          the prompt from a file; a lone - reads stdin\n"
+    "          -n N             tokens to make; default: until the end of text or of the context\n"
+    "          -c N             context, in tokens; default: what the model was trained for\n"
+    "          --no-echo        print only what follows the prompt\n"
+    "          --plain-prompt   control tokens written out in the prompt are plain text\n"
+    "sampling  --temp X         0 (default) takes the likeliest token; with the options below the order is\n"
+    "          --top-k N        top-k, top-p, min-p, then temperature\n"
+    "          --top-p X  --min-p X\n"
+    "          -s N             seed (default 0); the same command prints the same text\n"
+    "cache     --kv F           format of the KV cache; -ctk F and -ctv F set keys and values apart: %s\n"
+    "          --prefill M      coded (default): a row reads sealed blocks as codes; exact: the rows of a prompt read it in fp16\n"
+    "          --sink N         the first N tokens stay fp16 (a multiple of 64)\n"
+    "          --recent N       so do the N tokens behind the open block\n"
+    "machine   -d cpu|cuda      device (default cpu)        -t N   threads (default all)\n"
+    "--ppl     -b N             sequences at once (default 4; changes the speed, not the result)\n"
+    "          --stride N       tokens a window advances (default: windows do not overlap)\n"
+    "          --no-bos         no BOS token before each window         --windows N   only the first N\n"
+    "--bench   -d 0,4096        depths: tokens in the cache when decoding starts     -b N   sequences\n"
+    "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
+    "          --json           figures of --ppl and --bench as JSON\n"
+    "The text goes to stdout, everything else to stderr; the last line there is JSON.  Exit code: 0, 1 bad data, 2 usage.\n";
+
+static std::string format_list() {
+    std::string list;
+    for (int f = 0; f < (int)KvFormat::count; f++) list += std::string(f ? " " : "") + kv_format_name((KvFormat)f);
+    return list;
+}
+
+static double number(const std::string &name, const std::string &text, double min, double max) {
+    char *end;
+    const double x = strtod(text.c_str(), &end);
+    if (text.empty() || *end || !(x >= min && x <= max)) {
+        if (max == INFINITY) refuse("%s '%s': expected a number of at least %g", name.c_str(), text.c_str(), min);
+        refuse("%s '%s': expected a number from %g to %g", name.c_str(), text.c_str(), min, max);
+    }
+    return x;
+}
+static int integer(const std::string &name, const std::string &text, int min, int max = 1 << 30) {
+    const double x = number(name, text, min, max);
+    if (x != std::floor(x)) {
+        const char *hint = name == "-t" ? "; -t is threads, did you mean --temp?" : "";
+        refuse("%s '%s': expected a whole number%s", name.c_str(), text.c_str(), hint);
+    }
+    return (int)x;
+}
+
+static bool looks_like_number(const std::string &s) {
+    char *end;
+    strtod(s.c_str(), &end);
+    return !s.empty() && !*end && s.find('.') != std::string::npos;
+}
+
+static Options parse(int argc, char **argv) {
+    Options o;
+    bool tokens_given = false;
+    int i = 1;
+    auto value = [&](const std::string &name) -> std::string {
+        if (i + 1 >= argc) refuse("%s: needs a value (run --help)", name.c_str());
+        return argv[++i];
+    };
+    auto prompt = [&](const std::string &text) {
+        if (o.has_prompt) refuse("two prompts: only one of -p, -i, -f and - can be given");
+        o.has_prompt = true, o.prompt = text;
+    };
+    for (; i < argc; i++) {
+        const std::string a = argv[i];
+        if (a == "-h" || a == "--help") {
+            printf(usage, format_list().c_str());
+            exit(0);
+        }
+        else if (a == "-p" || a == "-i") prompt(value(a));
+        else if (a == "-f") prompt(read_file(value(a)));
+        else if (a == "-") prompt(read_file("-"));
+        else if (a == "-n") o.n_predict = integer(a, value(a), -1), tokens_given = true;
+        else if (a == "-c") o.context = integer(a, value(a), 1);
+        else if (a == "-s" || a == "--seed") {
+            const std::string text = value(a);
+            char *end;
+            errno = 0;
+            o.sampler.seed = strtoull(text.c_str(), &end, 10);
+            if (text.empty() || *end || errno || text[0] == '-') refuse("%s '%s': expected a whole number from 0 to 2^64 - 1", a.c_str(), text.c_str());
+        }
+        else if (a == "-t" || a == "--threads") o.threads = integer("-t", value(a), 1, 4096);
+        else if (a == "--temp") o.sampler.temperature = (float)number(a, value(a), 0, INFINITY);
+        else if (a == "--top-k") o.sampler.top_k = integer(a, value(a), 0);
+        else if (a == "--top-p") o.sampler.top_p = (float)number(a, value(a), 0, 1);
+        else if (a == "--min-p") o.sampler.min_p = (float)number(a, value(a), 0, 1);
+        else if (a == "--no-echo") o.echo = false;
+        else if (a == "--plain-prompt") o.parse_special = false;
+        else if (a == "--kv") o.kv.k_format = o.kv.v_format = kv_format_from_name(value(a));
+        else if (a == "-ctk") o.kv.k_format = kv_format_from_name(value(a));
+        else if (a == "-ctv") o.kv.v_format = kv_format_from_name(value(a));
+        else if (a == "--sink") o.kv.sink = integer(a, value(a), 0);
+        else if (a == "--recent") o.kv.recent = integer(a, value(a), 0);
+        else if (a == "--prefill") {
+            const std::string mode = value(a);
+            if (mode != "coded" && mode != "exact") refuse("--prefill '%s': expected coded or exact", mode.c_str());
+            o.kv.exact_prefill = mode == "exact";
+        }
+        else if (a == "-d" || a == "--device" || a == "--depth") {
+            const std::string text = value(a);
+            if (text == "cpu" || text == "cuda") o.device = text;
+            else if (text.find_first_not_of("0123456789,") == std::string::npos && !text.empty()) {
+                o.depths.clear();
+                for (size_t at = 0; at <= text.size(); at = std::min(text.find(',', at), text.size()) + 1)
+                    o.depths.push_back(integer(a, text.substr(at, text.find(',', at) - at), 0));
+            }
+            else refuse("-d '%s': expected cpu, cuda, or depths such as 0,4096 with --bench", text.c_str());
+        }
+        else if (a == "--ppl") o.ppl_file = value(a);
+        else if (a == "-b") o.batch = integer(a, value(a), 1, 1 << 16);
+        else if (a == "--stride") o.stride = integer(a, value(a), 1);
+        else if (a == "--no-bos") o.ppl_bos = false;
+        else if (a == "--windows") o.max_windows = integer(a, value(a), 1);
+        else if (a == "--bench") o.bench = true;
+        else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1);
+        else if (a == "--json") o.json = true;
+        else if (a == "-ngl") refuse("-ngl: there is no split by layers; -d cuda runs the whole model on the GPU");
+        else if (a == "-z") refuse("-z: the tokenizer is part of the model file (build/convert SRC -o model.bin --tokenizer FILE)");
+        else if (a == "-o") refuse("-o: results are a table, or JSON with --json");
+        else if (a[0] == '-') refuse("%s: unknown option (run --help)", a.c_str());
+        else if (o.model.empty()) o.model = a;
+        else refuse("'%s': a second model? the first is '%s' (a prompt needs -p)", a.c_str(), o.model.c_str());
+    }
+    if (o.model.empty()) refuse("no model given: run MODEL.bin -p \"Once upon a time\" (run --help)");
+    if (o.bench + !o.ppl_file.empty() + o.has_prompt > 1) refuse("only one of a prompt, --ppl and --bench can be given");
+    if (!o.bench && o.ppl_file.empty() && !o.has_prompt) refuse("nothing to do: give -p TEXT, -f FILE, --ppl FILE or --bench (run --help)");
+    if (o.has_prompt && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
+    if (o.bench && tokens_given) o.bench_tokens = std::max(1, o.n_predict);
+    return o;
+}
+
+static const Ops *find_ops(const std::string &device) {
+    if (device == "cpu") return &cpu_ops;
+    refuse("-d cuda: the CUDA backend is not built yet; -d cpu works");
+}
+
+int main(int argc, char **argv) {
+    try {
+        const Options o = parse(argc, argv);
+        const Ops *ops = find_ops(o.device);
+        if (o.threads) omp_set_num_threads(o.threads);
+        const Model m = model_open(o.model);
+        if (o.bench) bench(m, *ops, o);
+        else if (!o.ppl_file.empty()) perplexity(m, *ops, o);
+        else generate(m, *ops, o);
+        return 0;
+    } catch (const Error &e) {
+        fprintf(stderr, "run: %s\n", e.what());
+        return e.exit_code;
+    } catch (const std::bad_alloc &) {
+        fprintf(stderr, "run: out of memory\n");
+        return 1;
+    }
+}

@@ -1,0 +1,32 @@
+// options.h - what the user asked for, as main() read it.
+#pragma once
+#include <string>
+#include <vector>
+#include "kv_cache.h"
+#include "sampler.h"
+
+struct Options {
+    std::string model;
+    // text
+    bool has_prompt = false;
+    std::string prompt;              // -p, -f, -
+    bool parse_special = true;       // control tokens written out in the prompt count as such
+    bool echo = true;                // the prompt is part of the text
+    int n_predict = -1;              // -n; -1 until the end of text or of the context
+    int context = 0;                 // -c; 0 what the model was trained for
+    Sampler sampler;
+    // the machine
+    std::string device = "cpu";
+    int threads = 0;                 // -t; 0 all
+    KvOptions kv;
+    bool json = false;
+    // modes
+    std::string ppl_file;
+    int batch = 0;                   // -b; 0 the mode's own choice
+    int stride = 0;                  // --stride; 0 disjoint windows
+    bool ppl_bos = true;             // --no-bos
+    int max_windows = 0;             // --windows; 0 all
+    bool bench = false;
+    std::vector<int> depths = {0};   // --bench -d
+    int bench_prompt = 512, bench_tokens = 64;    // --bench -p, -n
+};
