@@ -120,7 +120,7 @@ std::string tokenizer_piece(const Tokenizer &t, int id);
 struct Decoder {
     const Tokenizer *tokenizer;
     bool at_start = true, show_control = false;
-    std::string pending;    // the bytes of an incomplete character, at most 3
+    std::string pending = {};    // the bytes of an incomplete character, at most 3
 };
 std::string decoder_next(Decoder &d, int id);
 std::string decoder_flush(Decoder &d);    // at the end: what is still pending, as U+FFFD
