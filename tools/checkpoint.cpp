@@ -46,7 +46,7 @@ std::string read_text(const std::string &path, uint64_t max_bytes) {
     return text;
 }
 
-bool file_exists(const std::string &path) { return access(path.c_str(), F_OK) == 0; }
+bool path_exists(const std::string &path) { return access(path.c_str(), F_OK) == 0; }
 
 DType parse_dtype(const std::string &name) {
     if (name == "f32") return DType::f32;

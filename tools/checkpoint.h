@@ -53,7 +53,7 @@ struct InputFile {
     void read(void *data, uint64_t n, uint64_t offset) const;
 };
 std::string read_text(const std::string &path, uint64_t max_bytes);    // a whole small file
-bool file_exists(const std::string &path);
+bool path_exists(const std::string &path);
 
 // Rows [first, first + n) of a tensor, as f32.  A norm is a single row.
 using ReadRows = std::function<void(const TensorSpec &spec, int64_t first, int64_t n, float *rows)>;

@@ -82,7 +82,7 @@ static void add_ids(std::vector<int> &ids, const Json &j, const char *key, int v
 
 static Json read_json(const std::string &path, uint64_t max_bytes) {
     const std::string text = read_text(path, max_bytes);
-    Json j = parse_json(text.data(), text.size(), path);
+    Json j = parse_strict_json(text.data(), text.size(), path);
     if (!j.is_object()) fail("%s: expected an object, found %s", path.c_str(), show_json(j).c_str());
     return j;
 }
@@ -141,10 +141,10 @@ static std::string hf_name(const std::string &name) {
 
 // The weight files of a folder, in the order in which transformers looks for them.
 static std::vector<std::string> find_weight_files(const std::string &folder) {
-    if (file_exists(folder + "model.safetensors")) return {folder + "model.safetensors"};
+    if (path_exists(folder + "model.safetensors")) return {folder + "model.safetensors"};
     std::vector<std::string> files;
     const std::string index = folder + "model.safetensors.index.json";
-    if (file_exists(index)) {
+    if (path_exists(index)) {
         const Json j = read_json(index, MAX_INDEX_BYTES);
         const Json &map = get_field(j, "weight_map", index);
         if (!map.is_object()) fail("%s: weight_map: expected an object, found %s", index.c_str(), show_json(map).c_str());
@@ -154,7 +154,7 @@ static std::vector<std::string> find_weight_files(const std::string &folder) {
             if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos) {
                 fail("%s: %s: expected a file name, found '%s'", index.c_str(), printable(entry.key()).c_str(), printable(shard).c_str());
             }
-            if (!file_exists(folder + shard)) {
+            if (!path_exists(folder + shard)) {
                 fail("%s: the shard '%s' of tensor '%s' is missing", index.c_str(), printable(shard).c_str(), printable(entry.key()).c_str());
             }
             files.push_back(folder + shard);
@@ -211,7 +211,7 @@ Checkpoint open_hf(const std::string &source, const std::string &tokenizer) {
     Config &c = checkpoint.config;
     c = read_hf_config(folder + "config.json");
     const std::string generation = folder + "generation_config.json";
-    if (file_exists(generation)) add_ids(c.eos, read_json(generation, MAX_CONFIG_BYTES), "eos_token_id", c.vocab, generation);
+    if (path_exists(generation)) add_ids(c.eos, read_json(generation, MAX_CONFIG_BYTES), "eos_token_id", c.vocab, generation);
 
     const std::map<std::string, FoundTensor> all = list_tensors(folder);
     std::map<std::string, const TensorSpec *> wanted;

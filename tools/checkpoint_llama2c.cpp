@@ -98,7 +98,7 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
     const std::string folder = slash == std::string::npos ? "" : path.substr(0, slash + 1);
     std::string from = tokenizer;
     for (const char *name : {"tokenizer.model", "tokenizer.bin"}) {
-        if (from.empty() && file_exists(folder + name)) from = folder + name;
+        if (from.empty() && path_exists(folder + name)) from = folder + name;
     }
     if (from.empty()) {
         fail("%s: no tokenizer.model or tokenizer.bin beside it; name one with --tokenizer FILE", path.c_str());

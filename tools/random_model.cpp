@@ -36,7 +36,7 @@ static Config named_shape(const std::string &name) {
         c.rope_theta = 500000.0f;
         c.rope_factor = 32.0f;
         c.tied = true;
-    } else if (file_exists(name)) {
+    } else if (path_exists(name)) {
         c = read_hf_config(name);
         c.dialect = "random " + c.dialect;
     } else {
