@@ -15,6 +15,8 @@ bool json_bool(const nlohmann::json &v, const char *field, const std::string &wh
 int json_int(const nlohmann::json &v, const char *field, const std::string &where);    // fits an int, no fraction
 const nlohmann::json &json_array(const nlohmann::json &v, const char *field, const std::string &where);
 
+std::string shown(std::string_view text);    // for an error line: no control characters, not too long
+
 std::string read_file(const std::string &path);
 bool file_exists(const std::string &path);
 

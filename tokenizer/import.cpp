@@ -23,7 +23,7 @@ std::string read_file(const std::string &path) {
 // may leave a gap, which becomes unused; a wild id is an error, not an allocation.
 void add_token(Tokenizer &t, const AddedToken &token, TokenType type, const std::string &where) {
     if (token.id < 0 || token.id > tokenizer_vocab(t) + 65536)
-        fail("%s: added token \"%s\": expected an id in [0, %d], found %d", where.c_str(), token.text.c_str(),
+        fail("%s: added token \"%s\": expected an id in [0, %d], found %d", where.c_str(), shown(token.text).c_str(),
              tokenizer_vocab(t) + 65536, token.id);
     const auto known = std::find_if(t.added.begin(), t.added.end(), [&](const AddedToken &a) { return a.id == token.id; });
     if (known != t.added.end() && t.pieces[token.id] == token.text) return;
@@ -123,7 +123,7 @@ static void add_sentencepiece(Tokenizer &t, std::string_view message, const char
     t.types.push_back(TokenType::NORMAL);
     if (type == NORMAL) return;
     if (type == BYTE) {
-        if (byte < 0) fail("%s: piece %d: expected a name <0x00> to <0xFF> for a byte, found \"%s\"", where, id, name.c_str());
+        if (byte < 0) fail("%s: piece %d: expected a name <0x00> to <0xFF> for a byte, found \"%s\"", where, id, shown(name).c_str());
         t.types[id] = TokenType::BYTE;
         t.pieces[id] = std::string(1, (char)byte);
     } else if (type == UNKNOWN || type == CONTROL) {
@@ -170,7 +170,7 @@ static Tokenizer import_sentencepiece(std::string_view file, const char *where) 
         else if (r.field == 4 && r.wire == 0) t.squeeze_spaces = r.number;
         else if (r.field == 5 && r.wire == 0) escape = r.number;
     }
-    if (has_map) refuse("%s: sentencepiece normaliser %s: only identity is supported", where, name.c_str());
+    if (has_map) refuse("%s: sentencepiece normaliser %s: only identity is supported", where, shown(name).c_str());
     for (ProtoReader r{denormalizer, where}; next_field(r);)
         if (r.field == 2 && !r.bytes.empty()) refuse("%s: sentencepiece denormaliser is not supported", where);
     if (!escape) refuse("%s: sentencepiece option escape_whitespaces off is not supported", where);
@@ -245,7 +245,7 @@ static Tokenizer import_llama2c(std::string_view file, const char *where) {
         t.types.assign(V, TokenType::NORMAL);
         for (int id = 3; id < 259; id++) {
             if (byte_of_name(t.pieces[id]) != id - 3)
-                fail("%s: token %d: expected <0x%02X>, found \"%s\"", where, id, id - 3, t.pieces[id].c_str());
+                fail("%s: token %d: expected <0x%02X>, found \"%s\"", where, id, id - 3, shown(t.pieces[id]).c_str());
             t.types[id] = TokenType::BYTE;
             t.pieces[id] = std::string(1, (char)(id - 3));
         }
@@ -299,7 +299,7 @@ static Tokenizer import_tiktoken(std::string_view file, const char *where) {
         if (!digits.empty() && digits.back() == '\r') digits.pop_back();
         if (!read_base64(line.substr(0, space), &bytes)) fail("%s: line %d: expected base64 and a rank", where, rank + 1);
         if (digits != std::to_string(rank))
-            fail("%s: line %d: expected rank %d, found \"%.20s\"", where, rank + 1, rank, digits.c_str());
+            fail("%s: line %d: expected rank %d, found \"%s\"", where, rank + 1, rank, shown(digits).c_str());
         t.pieces.push_back(bytes);
         t.types.push_back(TokenType::NORMAL);
     }

@@ -21,9 +21,9 @@ static bool flag(const json &object, const char *field, bool fallback, const std
 static void read_vocabulary(Tokenizer &t, const json &vocab, const std::vector<int> &skip, bool byte_names, const std::string &where) {
     if (!vocab.is_object() || vocab.empty()) fail("%s: vocab: expected an object {piece: id}", where.c_str());
     for (const auto &item : vocab.items()) {
-        const int id = json_int(item.value(), ("vocab: \"" + item.key() + "\"").c_str(), where);
+        const int id = json_int(item.value(), "vocab: id", where);
         if (id < 0 || id > (int)vocab.size() + 65536)
-            fail("%s: vocab: \"%s\": expected an id in [0, %zu], found %d", where.c_str(), item.key().c_str(), vocab.size() + 65536, id);
+            fail("%s: vocab: \"%s\": expected an id in [0, %zu], found %d", where.c_str(), shown(item.key()).c_str(), vocab.size() + 65536, id);
         if (id >= tokenizer_vocab(t)) t.pieces.resize(id + 1), t.types.resize(id + 1, TokenType::UNUSED);
         if (!t.pieces[id].empty()) fail("%s: vocab: id %d is given twice", where.c_str(), id);
         t.types[id] = TokenType::NORMAL;
@@ -36,7 +36,7 @@ static void read_vocabulary(Tokenizer &t, const json &vocab, const std::vector<i
         } else if (!t.byte_level) {
             t.pieces[id] = spaces_of_marks(item.key());
         } else if (!letters_to_bytes(item.key(), &t.pieces[id])) {
-            fail("%s: vocab: \"%s\": expected byte letters", where.c_str(), item.key().c_str());
+            fail("%s: vocab: \"%s\": expected byte letters", where.c_str(), shown(item.key()).c_str());
         }
     }
 }
@@ -46,7 +46,7 @@ static void add_merge(Tokenizer &t, const json &vocab, const std::string &left, 
     Merge m{};
     for (const auto &[name, id] : {std::pair<const std::string &, int &>{left, m.left}, {right, m.right}}) {
         const json *v = find(vocab, name.c_str());
-        if (!v) fail("%s: merges: entry %zu: \"%s\" is not in the vocabulary", where.c_str(), t.merges.size(), name.c_str());
+        if (!v) fail("%s: merges: entry %zu: \"%s\" is not in the vocabulary", where.c_str(), t.merges.size(), shown(name).c_str());
         id = v->get<int>();
     }
     t.merges.push_back(m);
@@ -55,7 +55,7 @@ static void add_merge(Tokenizer &t, const json &vocab, const std::string &left, 
 static void add_merge_line(Tokenizer &t, const json &vocab, const std::string &line, const std::string &where) {
     const size_t space = line.find(' ');
     if (space == std::string::npos || line.find(' ', space + 1) != std::string::npos)
-        fail("%s: merges: entry %zu: expected two pieces, found \"%s\"", where.c_str(), t.merges.size(), line.c_str());
+        fail("%s: merges: entry %zu: expected two pieces, found \"%s\"", where.c_str(), t.merges.size(), shown(line).c_str());
     add_merge(t, vocab, line.substr(0, space), line.substr(space + 1), where);
 }
 
@@ -67,7 +67,7 @@ static void add_added_token(Tokenizer &t, const json &v, int id, TokenType type,
     a.lstrip = flag(v, "lstrip", false, where);
     a.rstrip = flag(v, "rstrip", false, where);
     if (flag(v, "single_word", false, where))
-        refuse("%s: added token \"%s\": single_word is not supported", where.c_str(), a.text.c_str());
+        refuse("%s: added token \"%s\": single_word is not supported", where.c_str(), shown(a.text).c_str());
     add_token(t, a, type, where);
 }
 
@@ -94,7 +94,7 @@ static bool read_normalizer(Tokenizer &t, const json &j, const std::string &wher
         if (type == "NFC") t.nfc = true;
         else if (type == "Prepend" && is_string(find(step, "prepend"), "\u2581")) t.prefix = Prefix::EVERY;
         else if (type == "Replace" && pattern && is_string(find(*pattern, "String"), " ") && is_string(find(step, "content"), "\u2581")) marks = true;
-        else refuse("%s: normalizer %s (%s) is not supported", where.c_str(), type.c_str(), step.dump().substr(0, 80).c_str());
+        else refuse("%s: normalizer %s (%s) is not supported", where.c_str(), shown(type).c_str(), step.dump().substr(0, 80).c_str());
     }
     return marks;
 }
@@ -105,7 +105,7 @@ static bool read_pre_tokenizer(Tokenizer &t, const json &j, const std::string &w
     std::string shape;    // one letter a step
     for (const json &step : steps) {
         const std::string type = json_string(json_field(step, "type", where), "pre_tokenizer: type", where);
-        const std::string shown = step.dump().substr(0, 160);
+        const std::string source = step.dump().substr(0, 160);
         const json *pattern = find(step, "pattern"), *regex = pattern ? find(*pattern, "Regex") : nullptr;
         if (type == "ByteLevel" && !flag(step, "add_prefix_space", true, where)) {
             shape += flag(step, "use_regex", true, where) ? 'G' : 'B';
@@ -113,17 +113,17 @@ static bool read_pre_tokenizer(Tokenizer &t, const json &j, const std::string &w
             shape += 'D';
         } else if (type == "Split" && regex && is_string(find(step, "behavior"), "Isolated") && !flag(step, "invert", false, where)) {
             t.split = split_rule_of_regex(json_string(*regex, "Regex", where));
-            if (t.split == SplitRule::NONE) refuse("%s: pre_tokenizer: the regular expression of %s is not supported", where.c_str(), shown.c_str());
+            if (t.split == SplitRule::NONE) refuse("%s: pre_tokenizer: the regular expression of %s is not supported", where.c_str(), source.c_str());
             shape += 'S';
         } else if (type == "Metaspace" && is_string(find(step, "replacement"), "\u2581") && !flag(step, "split", true, where)) {
             const json *scheme = find(step, "prepend_scheme");
             if (is_string(scheme, "first")) t.prefix = Prefix::FIRST;
             else if (is_string(scheme, "always")) t.prefix = Prefix::EVERY;
-            else if (!is_string(scheme, "never")) refuse("%s: pre_tokenizer %s is not supported", where.c_str(), shown.c_str());
+            else if (!is_string(scheme, "never")) refuse("%s: pre_tokenizer %s is not supported", where.c_str(), source.c_str());
             t.prefix_once = true;
             shape += 'M';
         } else {
-            refuse("%s: pre_tokenizer %s (%s) is not supported", where.c_str(), type.c_str(), shown.c_str());
+            refuse("%s: pre_tokenizer %s (%s) is not supported", where.c_str(), shown(type).c_str(), source.c_str());
         }
     }
     t.byte_level = shape == "G" || shape == "DG" || shape == "SB";
@@ -139,14 +139,14 @@ static void read_post_processor(Tokenizer &t, const json &j, const std::string &
     for (const json &step : steps_of(j, "post_processor", "processors", where)) {
         const std::string type = json_string(json_field(step, "type", where), "post_processor: type", where);
         if (type == "ByteLevel") continue;
-        if (type != "TemplateProcessing") refuse("%s: post_processor %s is not supported", where.c_str(), type.c_str());
+        if (type != "TemplateProcessing") refuse("%s: post_processor %s is not supported", where.c_str(), shown(type).c_str());
         const json &single = json_array(json_field(step, "single", where), "post_processor: single", where);
         for (size_t i = 0; i < single.size(); i++) {
             const json *special = find(single[i], "SpecialToken");
             if (!special) continue;
             const std::string name = json_string(json_field(*special, "id", where), "post_processor: id", where);
             const int id = tokenizer_find(t, name);
-            if (i > 0 || id < 0) refuse("%s: post_processor: \"%s\" at place %zu of the template is not supported", where.c_str(), name.c_str(), i);
+            if (i > 0 || id < 0) refuse("%s: post_processor: \"%s\" at place %zu of the template is not supported", where.c_str(), shown(name).c_str(), i);
             t.bos = id, t.add_bos = true;
         }
     }
@@ -192,7 +192,7 @@ Tokenizer import_tokenizer_json(std::string_view text, const std::string &where)
     // A normalised token is looked for as the normaliser writes it; a pre-tokenizer comes later and changes nothing.
     for (AddedToken &a : t.added) {
         if (!a.normalized || t.byte_level) continue;
-        if (a.lstrip || a.rstrip) refuse("%s: added token \"%s\": normalized with lstrip or rstrip is not supported", where.c_str(), a.text.c_str());
+        if (a.lstrip || a.rstrip) refuse("%s: added token \"%s\": normalized with lstrip or rstrip is not supported", where.c_str(), shown(a.text).c_str());
         a.normalized = marks;
         if (marks) a.text = (t.prefix == Prefix::EVERY ? " " : "") + spaces_of_marks(a.text);
     }
@@ -249,7 +249,7 @@ static int token_field(const Tokenizer &t, const json &j, const char *field, con
     if (!v) return -1;
     const std::string text = json_string(*v, field, where);
     const int id = tokenizer_find(t, text);
-    if (id < 0) fail("%s: %s: \"%s\" is no added token", where.c_str(), field, text.c_str());
+    if (id < 0) fail("%s: %s: \"%s\" is no added token", where.c_str(), field, shown(text).c_str());
     return id;
 }
 
@@ -259,7 +259,7 @@ static void apply_tokenizer_config(Tokenizer &t, const json &config, const std::
             char *end;
             const long id = strtol(item.key().c_str(), &end, 10);
             if (*end || item.key().empty() || id < 0 || id > INT32_MAX)
-                fail("%s: added_tokens_decoder: expected an id, found \"%s\"", where.c_str(), item.key().c_str());
+                fail("%s: added_tokens_decoder: expected an id, found \"%s\"", where.c_str(), shown(item.key()).c_str());
             add_added_token(t, item.value(), (int)id, flag(item.value(), "special", false, where) ? TokenType::CONTROL : TokenType::USER, where);
         }
     }

@@ -49,12 +49,15 @@ static void index_order(Tokenizer &t, const char *where) {
     const int V = tokenizer_vocab(t);
     if (t.merge_by == MergeBy::MERGES) {
         x.merge_slots = empty_slots(t.merges.size());
+        std::string both;
         for (int m = 0; m < (int)t.merges.size(); m++) {
             Merge &merge = t.merges[m];
             for (const int id : {merge.left, merge.right})
                 if (id < 0 || id >= V) fail("%s: merges: entry %d: expected ids in [0, %d), found %d", where, m, V, id);
-            merge.result = find_piece(t, t.pieces[merge.left] + t.pieces[merge.right]);
-            if (merge.result < 0) fail("%s: merges: entry %d: ids %d and %d make no piece", where, m, merge.left, merge.right);
+            both.assign(t.pieces[merge.left]).append(t.pieces[merge.right]);
+            merge.result = find_piece(t, both);
+            if (merge.result < 0)
+                fail("%s: merges: entry %d: ids %d and %d make no piece", where, m, merge.left, merge.right);
             int &slot = find_slot(x.merge_slots, hash_pair(merge.left, merge.right),
                                   [&](int o) { return t.merges[o].left == merge.left && t.merges[o].right == merge.right; });
             if (slot >= 0) fail("%s: merges: entries %d and %d are the same pair", where, slot, m);

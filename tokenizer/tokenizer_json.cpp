@@ -1,7 +1,6 @@
 // tokenizer_json.cpp - a Tokenizer as the JSON text of a model file; the table of its fields is in tokenizer.h.
 #include <algorithm>
-#include <cinttypes>
-#include <cmath>
+#include <charconv>
 #include <set>
 #include "formats.h"
 #include "unicode.h"
@@ -52,10 +51,15 @@ json parse_json(std::string_view text, const std::string &where) {
         fail("%s: expected JSON, found something else at byte %zu", where.c_str(), e.byte);
     }
 }
+std::string shown(std::string_view text) {
+    std::string out;
+    for (size_t i = 0; i < text.size() && i < 60; i++) out += (uint8_t)text[i] < 0x20 || text[i] == 0x7f ? '?' : text[i];
+    return text.size() > 60 ? out + "..." : out;
+}
+
 static void fail_type(const json &v, const char *field, const char *expected, const std::string &where) {
-    std::string found = v.is_structured() ? v.type_name() : v.dump(-1, ' ', false, json::error_handler_t::replace);
-    if (found.size() > 40) found = found.substr(0, 40) + "...";
-    fail("%s: %s: expected %s, found %s", where.c_str(), field, expected, found.c_str());
+    const std::string found = v.is_structured() ? v.type_name() : v.dump(-1, ' ', false, json::error_handler_t::replace);
+    fail("%s: %s: expected %s, found %s", where.c_str(), field, expected, shown(found).c_str());
 }
 const json &json_field(const json &object, const char *field, const std::string &where) {
     if (!object.is_object()) fail_type(object, "top level", "an object", where);
@@ -98,7 +102,7 @@ template <class Enum, size_t n> static Enum enum_field(const json &j, const char
         if (name == names[i]) return (Enum)i;
         known += (i ? ", " : "") + std::string(names[i]);
     }
-    fail("%s: %s: expected one of %s, found \"%s\"", where.c_str(), field, known.c_str(), name.c_str());
+    fail("%s: %s: expected one of %s, found \"%s\"", where.c_str(), field, known.c_str(), shown(name).c_str());
 }
 
 // ---------------------------------------------------------------------------------------------------- writing
@@ -116,42 +120,65 @@ std::string tokenizer_to_json(const Tokenizer &t) {
               {"eos", t.eos},
               {"add_bos", t.add_bos},
               {"chat_template", t.chat_template},
-              {"pieces", json::array()},
-              {"scores", json::array()},
-              {"merges", json::array()},
               {"added", json::array()}};
-    for (const std::string &piece : t.pieces) j["pieces"].push_back(bytes_to_letters(piece));
-    std::string types;
+    std::string pieces, types, scores, merges;    // long lists are one string each, entries with a space between them
+    for (const std::string &piece : t.pieces) pieces += bytes_to_letters(piece) + ' ';
     for (const TokenType type : t.types) types += TYPE_LETTERS[(int)type];
-    j["types"] = types;
-    for (const Merge &m : t.merges) j["merges"].push_back(m.left), j["merges"].push_back(m.right);
+    if (t.merge_by == MergeBy::SCORES)
+        for (const float score : t.scores) scores += strf("%.9g ", score);    // 9 digits give the same float back
+    for (const Merge &m : t.merges) merges += strf("%d %d ", m.left, m.right);
+    for (std::string *list : {&pieces, &scores, &merges})
+        if (!list->empty()) list->pop_back();
+    j["pieces"] = pieces, j["types"] = types, j["scores"] = scores, j["merges"] = merges;
     for (const AddedToken &a : t.added) {
         const std::string flags = std::string(a.normalized ? "n" : "") + (a.lstrip ? "l" : "") + (a.rstrip ? "r" : "");
         j["added"].push_back({a.id, bytes_to_letters(a.text), flags});
     }
-    // Scores are floats: a float fits a double exactly and comes back as the same float.
-    if (t.merge_by == MergeBy::SCORES) j["scores"] = t.scores;
     return j.dump(-1, ' ', false, json::error_handler_t::replace);
 }
 
 // ---------------------------------------------------------------------------------------------------- reading
 
-static std::string bytes_field(const json &v, const char *field, size_t entry, const std::string &where) {
+// Take the entry up to the next space from the front of a list; *more tells whether one follows.
+static std::string_view next_entry(std::string_view &list, bool *more) {
+    const size_t space = list.find(' ');
+    const std::string_view entry = list.substr(0, space);
+    *more = space != std::string_view::npos;
+    list.remove_prefix(*more ? space + 1 : list.size());
+    return entry;
+}
+
+template <class Number> static std::vector<Number> number_list(const std::string &text, const char *field,
+                                                               const char *expected, const std::string &where) {
+    std::vector<Number> numbers;
+    std::string_view list = text;
+    for (bool more = !text.empty(); more;) {
+        const std::string_view entry = next_entry(list, &more);
+        Number v{};
+        const auto result = std::from_chars(entry.data(), entry.data() + entry.size(), v);
+        if (result.ec != std::errc() || result.ptr != entry.data() + entry.size())
+            fail("%s: %s: entry %zu: expected %s, found \"%s\"", where.c_str(), field, numbers.size(), expected,
+                 shown(entry).c_str());
+        numbers.push_back(v);
+    }
+    return numbers;
+}
+
+static std::string bytes_entry(std::string_view letters, const char *field, size_t entry, const std::string &where) {
     std::string bytes;
-    if (!v.is_string()) fail_type(v, strf("%s[%zu]", field, entry).c_str(), "a string", where);
-    if (!letters_to_bytes(v.get_ref<const std::string &>(), &bytes))
-        fail("%s: %s[%zu]: expected byte letters, found \"%s\"", where.c_str(), field, entry, v.get_ref<const std::string &>().c_str());
+    if (!letters_to_bytes(letters, &bytes))
+        fail("%s: %s: entry %zu: expected byte letters, found \"%s\"", where.c_str(), field, entry, shown(letters).c_str());
     return bytes;
 }
 
-static AddedToken added_field(const json &v, size_t entry, const std::string &where) {
-    if (!v.is_array() || v.size() != 3) fail("%s: added[%zu]: expected [id, text, flags]", where.c_str(), entry);
+static AddedToken added_entry(const json &v, size_t entry, const std::string &where) {
+    if (!v.is_array() || v.size() != 3) fail("%s: added: entry %zu: expected [id, text, flags]", where.c_str(), entry);
     AddedToken a;
     a.id = json_int(v[0], "added: id", where);
-    a.text = bytes_field(v[1], "added: text", entry, where);
+    a.text = bytes_entry(json_string(v[1], "added: text", where), "added", entry, where);
     for (const char flag : json_string(v[2], "added: flags", where)) {
         bool *const known = flag == 'n' ? &a.normalized : flag == 'l' ? &a.lstrip : flag == 'r' ? &a.rstrip : nullptr;
-        if (!known || *known) fail("%s: added[%zu]: flags: expected n, l, r, each at most once", where.c_str(), entry);
+        if (!known || *known) fail("%s: added: entry %zu: flags: expected n, l, r, each at most once", where.c_str(), entry);
         *known = true;
     }
     return a;
@@ -164,13 +191,14 @@ Tokenizer tokenizer_from_json(const std::string &text, const std::string &where)
     const json j = parse_json(text, where);
     const auto get = [&](const char *field) -> const json & { return json_field(j, field, where); };
     const auto get_bool = [&](const char *field) { return json_bool(get(field), field, where); };
+    const auto get_string = [&](const char *field) { return json_string(get(field), field, where); };
     const auto get_array = [&](const char *field) -> const json & { return json_array(get(field), field, where); };
 
     Tokenizer t;
     static const char *const KINDS[] = {"spm", "byte_level"};
     t.byte_level = enum_field<bool>(j, "kind", KINDS, where);
     for (const auto &item : j.items())
-        if (!fields.count(item.key())) fail("%s: %s: no field of this name is known", where.c_str(), item.key().c_str());
+        if (!fields.count(item.key())) fail("%s: %s: no field of this name is known", where.c_str(), shown(item.key()).c_str());
     t.merge_by = enum_field<MergeBy>(j, "merge_by", MERGE_BY, where);
     t.split = enum_field<SplitRule>(j, "split", SPLITS, where);
     t.prefix = enum_field<Prefix>(j, "prefix", PREFIXES, where);
@@ -181,28 +209,22 @@ Tokenizer tokenizer_from_json(const std::string &text, const std::string &where)
     t.bos = json_int(get("bos"), "bos", where);
     for (const json &id : get_array("eos")) t.eos.push_back(json_int(id, "eos", where));
     t.add_bos = get_bool("add_bos");
-    t.chat_template = json_string(get("chat_template"), "chat_template", where);
+    t.chat_template = get_string("chat_template");
 
-    const json &pieces = get_array("pieces"), &merges = get_array("merges"), &scores = get_array("scores");
-    if (pieces.size() > INT32_MAX / 2) fail("%s: pieces: %zu are too many", where.c_str(), pieces.size());
-    t.pieces.reserve(pieces.size());
-    for (const json &piece : pieces) t.pieces.push_back(bytes_field(piece, "pieces", t.pieces.size(), where));
-    for (const char letter : json_string(get("types"), "types", where)) {
+    const std::string pieces = get_string("pieces");
+    std::string_view list = pieces;
+    for (bool more = true; more;) t.pieces.push_back(bytes_entry(next_entry(list, &more), "pieces", t.pieces.size(), where));
+    for (const char letter : get_string("types")) {
         const char *const at = letter ? strchr(TYPE_LETTERS, letter) : nullptr;
         if (!at) fail("%s: types: id %zu: expected one of the letters %s", where.c_str(), t.types.size(), TYPE_LETTERS);
         t.types.push_back((TokenType)(at - TYPE_LETTERS));
     }
-    t.scores.reserve(scores.size());
-    for (const json &score : scores) {
-        if (!score.is_number()) fail_type(score, "scores", "a number", where);
-        t.scores.push_back(score.get<float>());
-    }
-    if (merges.size() % 2) fail("%s: merges: expected an even count of ids, found %zu", where.c_str(), merges.size());
-    t.merges.reserve(merges.size() / 2);
-    for (size_t i = 0; i < merges.size(); i += 2)
-        t.merges.push_back({json_int(merges[i], "merges", where), json_int(merges[i + 1], "merges", where), -1});
+    t.scores = number_list<float>(get_string("scores"), "scores", "a number", where);
+    const std::vector<int> ids = number_list<int>(get_string("merges"), "merges", "an id", where);
+    if (ids.size() % 2) fail("%s: merges: expected pairs of ids, found %zu ids", where.c_str(), ids.size());
+    for (size_t i = 0; i < ids.size(); i += 2) t.merges.push_back({ids[i], ids[i + 1], -1});
     const json &added = get_array("added");
-    for (size_t i = 0; i < added.size(); i++) t.added.push_back(added_field(added[i], i, where));
+    for (size_t i = 0; i < added.size(); i++) t.added.push_back(added_entry(added[i], i, where));
     tokenizer_index(t, where);
     return t;
 }
