@@ -6,9 +6,10 @@
 # CUDA=0 CPU only      ARCH=sm_90 one GPU architecture      DEBUG=1 ASan and UBSan      INC=DIR more header folders
 NVCC  := $(shell which nvcc 2>/dev/null)
 CUDA  ?= $(if $(NVCC),1,0)
-ARCH  ?= native
+ARCH  ?= $(if $(shell which nvidia-smi 2>/dev/null),native,sm_90)
 DEBUG ?= 0
 INC   ?=
+COMMA := ,
 BUILD := build/cuda$(CUDA)-debug$(DEBUG)#    objects of different configurations never mix
 
 INCLUDES := -Isrc -Ikernels -Itokenizer -Itools $(INC:%=-I%)
@@ -19,12 +20,19 @@ else
   CXXFLAGS += -O3
 endif
 
+ifeq ($(CUDA),1)
+  NVFLAGS := -std=c++17 -O3 -lineinfo -arch=$(ARCH) $(INCLUDES) -MMD -MP -Xcompiler -Wall,-Wextra
+  LINK := $(NVCC) -arch=$(ARCH) $(if $(filter 1,$(DEBUG)),-Xcompiler -fsanitize=address$(COMMA)undefined) -Xcompiler -fopenmp
+else
+  LINK := $(CXX) $(CXXFLAGS)
+endif
+
 # A page of kernels/ holds a CPU half and a CUDA half: g++ compiles the first, nvcc the second.
 LIB   := $(filter-out src/main.cpp,$(wildcard src/*.cpp)) $(wildcard kernels/*.cpp kernels/*.cu tokenizer/*.cpp)
 TOOLS := convert show random_model make_codebook
 TOOL_LIB := $(filter-out $(TOOLS:%=tools/%.cpp),$(wildcard tools/*.cpp))
 TESTS := $(filter-out tests/%_main.cpp,$(wildcard tests/*.cpp))
-obj    = $(1:%=$(BUILD)/%.o)
+obj    = $(1:%=$(BUILD)/%.o) $(if $(filter 1,$(CUDA)),$(patsubst %,$(BUILD)/%.cuda.o,$(filter %.cu,$(1))))
 
 all: run $(TOOLS:%=build/%)
 run: $(BUILD)/run
@@ -33,19 +41,22 @@ build/%: $(BUILD)/tool-%
 	@cp $< $@
 
 $(BUILD)/run: $(call obj,src/main.cpp $(LIB))
-	$(CXX) $(CXXFLAGS) $^ -o $@
+	$(LINK) $^ -o $@
 $(BUILD)/test: $(call obj,$(TESTS) $(TOOL_LIB) $(LIB))
-	$(CXX) $(CXXFLAGS) $^ -o $@
+	$(LINK) $^ -o $@
 $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
-	$(CXX) $(CXXFLAGS) $^ -o $@
+	$(LINK) $^ -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c $< -o $@
 $(BUILD)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -x c++ -c $< -o $@
+$(BUILD)/%.cu.cuda.o: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -c $< -o $@
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
-.SECONDARY:
+.PRECIOUS: $(BUILD)/%.o $(BUILD)/tool-%
 
 # The two header packages, from Debian or Ubuntu.
 headers:

@@ -105,6 +105,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
 namespace cpu {
 
 constexpr int ROW_TILE = 16;    // rows of a task: G = 4 gives 64 queries for every block that is widened
+constexpr int64_t SMALL = 1 << 16;    // multiply-adds below which waking the other threads costs more than it saves
 constexpr int SEGMENT = 16;     // blocks, 1,024 tokens: long enough that the merge does not show
 
 // One cached block as attention reads it: f32 rows, `stride` apart (d rounded up to whole lanes, the rest zero).
@@ -318,8 +319,10 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     const int n_tasks = (int)tasks.size();
     auto range = [&](const Task &t, int s) { return std::make_pair(s * SEGMENT, std::min((s + 1) * SEGMENT, t.n_blocks)); };
 
+    int64_t work = 0;    // key values read by all queries
+    for (const Task &t : tasks) work += (int64_t)t.rows * G * t.n_blocks * KV_BLOCK * d;
     if (n_tasks >= 2 * omp_get_max_threads() || segments == 1) {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (work > SMALL)
         for (int i = 0; i < n_tasks; i++) {
             static thread_local Scratch s;
             const Task &task = tasks[n_tasks - 1 - i];    // the longest first

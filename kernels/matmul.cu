@@ -41,6 +41,7 @@ void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
 // ---- the CPU backend ----------------------------------------------------------------------------------
 namespace cpu {
 
+constexpr int64_t SMALL = 1 << 17;    // multiply-adds below which waking the other threads costs more than it saves
 constexpr int FEW_ROWS = 4;     // up to here weights go straight from memory to the multiply-add
 constexpr int TILE_OUT = 32;    // outputs of a widened tile: 32 x 14,336 f32 (Llama-3-8B w_down) still fits in L2
 
@@ -53,12 +54,12 @@ template <class T> static void widen(float *to, const T *from, int64_t n) {
 
 template <class T> static void matmul_of(float *y, const float *x, const T *W, int N, int in, int out) {
     if (N <= FEW_ROWS) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((int64_t)N * in * out > SMALL)
         for (int o = 0; o < out; o += DOT_OUT)
             dot_rows(y + o, x, W + (int64_t)o * in, N, std::min(DOT_OUT, out - o), in, out, in, in);
         return;
     }
-#pragma omp parallel
+#pragma omp parallel if ((int64_t)N * in * out > SMALL)
     {
         static thread_local std::vector<float> tile;    // grows to the largest matrix of the model, then stays
         tile.resize(std::max(tile.size(), (size_t)TILE_OUT * in));

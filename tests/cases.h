@@ -1,0 +1,42 @@
+// cases.h - shapes and random numbers that tests and benches share.
+//
+// For every block, tile or unroll constant X of a kernel there are sizes X-1, X and X+1: LANES 16, DOT_OUT and FEW_ROWS 4,
+// ROW_TILE 16, TILE_OUT 32, KV_BLOCK 64, SEGMENT 1,024 tokens.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+#include "forward.h"
+
+inline std::vector<float> random_floats(size_t n, uint64_t seed, float scale = 1.0f) {
+    std::mt19937_64 rng(seed);
+    std::normal_distribution<float> normal(0.0f, scale);
+    std::vector<float> x(n);
+    for (float &e : x) e = normal(rng);
+    return x;
+}
+
+// ||a - b|| / ||b||; NaN never passes a comparison with a bound.
+inline double relative_l2(const std::vector<float> &a, const std::vector<float> &b) {
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < b.size(); i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        norm += (double)b[i] * b[i];
+    }
+    return a.size() == b.size() ? std::sqrt(difference / norm) : NAN;
+}
+
+inline bool same_bits(const float *a, const float *b, size_t n) { return memcmp(a, b, n * sizeof(float)) == 0; }
+
+constexpr int CASE_LENGTHS[] = {1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 1000, 1023, 1024, 1025, 1089};
+constexpr int CASE_HEAD_DIMS[] = {8, 16, 24, 48, 64, 80, 96, 128, 256};
+constexpr int CASE_GQA[] = {1, 2, 3, 4, 5, 8, 16};
+
+// A cache of one layer for attention tests.
+inline Config attention_config(int Hkv, int G, int d, int layers = 1) {
+    Config c;
+    c.dim = 16, c.ffn_dim = 16, c.vocab = 16, c.max_len = 4096;
+    c.n_layers = layers, c.n_kv_heads = Hkv, c.n_heads = Hkv * G, c.head_dim = d;
+    return c;
+}

@@ -1,0 +1,146 @@
+// test_attention.cpp - attention over the cache against its f64 reference, and the promise that prefill, single decode,
+// batched decode and any thread count are one function.
+#include <doctest/doctest.h>
+#include <omp.h>
+#include "cases.h"
+
+namespace reference {
+void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
+}
+
+// Sequences with random queries, keys and values, fed through kv_write, attention and kv_keep in steps of any size.
+struct Sequences {
+    Config c;
+    int Hq, d;
+    std::vector<int> lengths;
+    std::vector<std::vector<float>> q, k, v, y;    // of each sequence: (length, H, d)
+    KvCache cache;
+
+    Sequences(const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1) : c(c), Hq(c.n_heads), d(c.head_dim), lengths(lengths) {
+        int longest = 1;
+        for (size_t s = 0; s < lengths.size(); s++) {
+            const int n = lengths[s];
+            longest = std::max(longest, n);
+            q.push_back(random_floats((size_t)n * Hq * d, seed + 3 * s, 2.0f));
+            k.push_back(random_floats((size_t)n * c.n_kv_heads * d, seed + 3 * s + 1));
+            v.push_back(random_floats((size_t)n * c.n_kv_heads * d, seed + 3 * s + 2));
+            y.emplace_back((size_t)n * Hq * d, NAN);
+        }
+        kv_cache_open(cache, cpu_ops, c, o, (int)lengths.size(), longest);
+    }
+    // One step: the next rows_each tokens of every sequence that has any left; results go to y, the reference's to ref.
+    bool step(std::vector<int> &done, int rows_each, std::vector<std::vector<float>> *ref = nullptr) {
+        Rows rows;
+        std::vector<float> qs, ks, vs;
+        auto append = [](std::vector<float> &to, const std::vector<float> &from, int p, int n) { to.insert(to.end(), from.begin() + (size_t)p * n, from.begin() + (size_t)(p + 1) * n); };
+        for (size_t s = 0; s < lengths.size(); s++) {
+            const int end = std::min(lengths[s], done[s] + rows_each);
+            if (end > done[s]) kv_cache_reserve(cache, (int)s, end);
+            for (int p = done[s]; p < end; p++) {
+                rows.add(0, (int)s, p, false);
+                append(qs, q[s], p, Hq * d), append(ks, k[s], p, c.n_kv_heads * d), append(vs, v[s], p, c.n_kv_heads * d);
+            }
+        }
+        const Batch b = rows.batch();
+        if (b.N == 0) return false;
+        std::vector<f16> k16(ks.size()), v16(vs.size());
+        std::vector<float> out(qs.size(), NAN), want(ref ? qs.size() : 0);
+        cpu::kv_write(cache.view, 0, k16.data(), v16.data(), ks.data(), vs.data(), b);
+        cpu::attention(out.data(), qs.data(), cache.view, 0, k16.data(), v16.data(), b, Hq);
+        if (ref) reference::attention(want.data(), qs.data(), cache.view, 0, k16.data(), v16.data(), b, Hq);
+        cpu::kv_keep(cache.view, 0, k16.data(), v16.data(), b);
+        for (int n = 0; n < b.N; n++) {
+            const size_t to = (size_t)b.pos[n] * Hq * d, from = (size_t)n * Hq * d;
+            std::copy(&out[from], &out[from] + Hq * d, &y[b.slot[n]][to]);
+            if (ref) std::copy(&want[from], &want[from] + Hq * d, &(*ref)[b.slot[n]][to]);
+            done[b.slot[n]] = b.pos[n] + 1;
+        }
+        return true;
+    }
+    void run(int rows_each) {
+        std::vector<int> done(lengths.size(), 0);
+        while (step(done, rows_each)) {}
+    }
+};
+
+TEST_CASE("attention against the f64 reference: every head shape, lengths at every edge") {
+    int cases = 0;
+    for (int d : CASE_HEAD_DIMS)
+        for (int G : CASE_GQA) {
+            const Config c = attention_config(2, G, d);
+            Sequences s(c, {1, 63, 64, 65, 130}, {}, d * 100 + G);
+            std::vector<std::vector<float>> ref = s.y;
+            std::vector<int> done(s.lengths.size(), 0);
+            while (s.step(done, 48, &ref)) {}
+            for (size_t i = 0; i < s.lengths.size(); i++) {
+                INFO("d ", d, " G ", G, " length ", s.lengths[i]);
+                CHECK(relative_l2(s.y[i], ref[i]) < 2e-6);    // a few dozen roundings of 2^-24, softmax amplifies by |score| ~ 10
+                cases++;
+            }
+        }
+    for (int length : CASE_LENGTHS) {
+        Sequences s(attention_config(1, 2, 16), {length}, {}, length);
+        std::vector<std::vector<float>> ref = s.y;
+        std::vector<int> done = {std::max(0, length - 70)};
+        s.lengths[0] = done[0];
+        s.run(512);
+        s.lengths[0] = length;
+        s.step(done, 512, &ref);
+        for (int p = std::max(0, length - 70); p < length; p++)
+            for (int i = 0; i < 32; i++) CHECK(s.y[0][p * 32 + i] == doctest::Approx(ref[0][p * 32 + i]).epsilon(1e-4));
+        cases++;
+    }
+    MESSAGE(cases, " cases");
+}
+
+TEST_CASE("attention: prefill of any step size, decode, batch neighbours and threads give the same bits") {
+    for (KvOptions o : {KvOptions{}, KvOptions{KvFormat::f16, KvFormat::f16, 64, 0}, KvOptions{KvFormat::f16, KvFormat::f16, 0, 128}, KvOptions{KvFormat::f16, KvFormat::f16, 128, 64}}) {
+        const Config c = attention_config(2, 3, 24);
+        const std::vector<int> lengths = {1089, 5, 200, 64, 129};
+        Sequences want(c, lengths, o);
+        want.run(512);
+        const int threads = omp_get_max_threads();
+        for (int rows : {1, 7, 64, 65, 2000})
+            for (int t : {1, 3}) {
+                omp_set_num_threads(t);
+                Sequences batch(c, lengths, o);
+                batch.run(rows);
+                INFO("rows ", rows, " sink ", o.sink, " recent ", o.recent, " threads ", t);
+                for (size_t i = 0; i < lengths.size(); i++) CHECK(same_bits(batch.y[i].data(), want.y[i].data(), want.y[i].size()));
+            }
+        omp_set_num_threads(threads);
+        for (size_t i = 0; i < lengths.size(); i++) {    // alone
+            Sequences one(c, {lengths[i]}, o, 1 + 3 * i);
+            one.run(100);
+            CHECK(same_bits(one.y[0].data(), want.y[i].data(), want.y[i].size()));
+        }
+    }
+}
+
+TEST_CASE("coded_end: blocks seal 64 tokens later, sinks never, recents later still") {
+    KvView v{};
+    v.sink = 0, v.recent = 0;
+    for (int p = 0; p < 300; p++) CHECK(v.coded_end(p) == p / 64);
+    CHECK(v.coded_end(-1) == 0);
+    v.sink = 1, v.recent = 2;
+    CHECK(v.coded_end(0) == 1);
+    CHECK(v.coded_end(64 * 3 - 1) == 1);
+    CHECK(v.coded_end(64 * 3) == 1);
+    CHECK(v.coded_end(64 * 4) == 2);
+}
+
+TEST_CASE("the cache hands out blocks, takes them back, and counts its bytes") {
+    const Config c = attention_config(2, 2, 64, 3);
+    KvCache cache;
+    kv_cache_open(cache, cpu_ops, c, {}, 2, 300);
+    CHECK(cache.bytes == kv_cache_bytes(c, {}, 2, 300));
+    const size_t all = cache.free_blocks.size();
+    CHECK(all == 8);    // 300 tokens are 5 blocks, the last is never sealed
+    kv_cache_reserve(cache, 0, 300);
+    kv_cache_reserve(cache, 1, 129);
+    CHECK(cache.free_blocks.size() == all - 4 - 2);
+    kv_cache_clear(cache, 0);
+    CHECK(cache.free_blocks.size() == all - 2);
+    CHECK_THROWS_WITH_AS(kv_cache_reserve(cache, 0, 301), "KV cache: 301 tokens in slot 0, room for 300 (-c)", Error);
+    CHECK_THROWS_AS(kv_cache_open(cache, cpu_ops, c, {KvFormat::f16, KvFormat::f16, 63, 0}, 1, 64), Error);
+}
