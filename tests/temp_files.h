@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <dirent.h>
+#include <doctest/doctest.h>
 #include <functional>
 #include <string>
 #include <sys/stat.h>
@@ -119,4 +120,34 @@ inline void write_tiny_model(const std::string &path, const Config &c, DType typ
         const int64_t cols = spec.shape.back();
         for (int64_t i = 0; i < n * cols; i++) rows[i] = tiny_value(spec.name, first * cols + i);
     }, [](const std::string &, uint64_t, uint64_t) {});
+}
+
+// ---- conversions ----
+
+inline const char *const HF_TOKENIZER = "tests/golden/hf/tokenizer.json";    // 64 tokens
+
+inline Outcome convert_to(const std::string &source, const std::string &output, const std::string &dtype = "",
+                          const std::string &tokenizer = "") {
+    ConvertOptions o;
+    o.source = source, o.output = output, o.dtype = dtype, o.tokenizer = tokenizer;
+    return outcome_of([&] { convert(o); });
+}
+
+inline std::vector<float> values_of(const Model &m, const std::string &name) {
+    const TensorView *t = m.file->find(name);
+    REQUIRE(t != nullptr);
+    std::vector<float> x(t->elements());
+    for (size_t i = 0; i < x.size(); i++) {
+        x[i] = t->dtype == "F32"   ? ((const float *)t->data)[i]
+               : t->dtype == "F16" ? to_f32(((const f16 *)t->data)[i])
+                                   : to_f32(((const bf16 *)t->data)[i]);
+    }
+    return x;
+}
+
+// Material that the repository does not carry.
+inline bool have(const std::string &path) {
+    if (path_exists(path)) return true;
+    MESSAGE("SKIPPED: ", path, " is not here");
+    return false;
 }

@@ -166,7 +166,7 @@ static std::vector<std::string> find_weight_files(const std::string &folder) {
         };
         while (const dirent *entry = readdir(dir)) {
             if (ends(entry->d_name, ".safetensors")) files.push_back(folder + entry->d_name);
-            pytorch |= ends(entry->d_name, ".bin") || ends(entry->d_name, ".pth") || ends(entry->d_name, ".pt");
+            pytorch |= !strncmp(entry->d_name, "pytorch_model", 13) || ends(entry->d_name, ".pth");
         }
         closedir(dir);
         if (files.empty() && pytorch) {
