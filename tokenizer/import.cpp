@@ -123,7 +123,8 @@ static void add_sentencepiece(Tokenizer &t, std::string_view message, const char
     t.types.push_back(TokenType::NORMAL);
     if (type == NORMAL) return;
     if (type == BYTE) {
-        if (byte < 0) fail("%s: piece %d: expected a name <0x00> to <0xFF> for a byte, found \"%s\"", where, id, shown(name).c_str());
+        if (byte < 0)
+            fail("%s: piece %d: expected a byte from <0x00> to <0xFF>, found \"%s\"", where, id, shown(name).c_str());
         t.types[id] = TokenType::BYTE;
         t.pieces[id] = std::string(1, (char)byte);
     } else if (type == UNKNOWN || type == CONTROL) {
@@ -221,7 +222,8 @@ static Tokenizer import_llama2c(std::string_view file, const char *where) {
     bool ranks = true;
     for (size_t at = 4; at < file.size();) {
         const int id = tokenizer_vocab(t);
-        if (file.size() - at < 8) fail("%s: token %d: expected 8 bytes of score and length, found %zu", where, id, file.size() - at);
+        if (file.size() - at < 8)
+            fail("%s: token %d: expected 8 bytes of score and length, found %zu", where, id, file.size() - at);
         const float score = bits_to_f32(read_u32(file, at));
         const int32_t size = (int32_t)read_u32(file, at + 4);
         at += 8;
@@ -304,8 +306,8 @@ static Tokenizer import_tiktoken(std::string_view file, const char *where) {
         t.types.push_back(TokenType::NORMAL);
     }
     if (tokenizer_vocab(t) != 128000)
-        refuse("%s: a rank file of %d tokens: only that of Llama 3 (128000) is supported; the file does not say how to split a "
-               "text, a tokenizer.json does", where, tokenizer_vocab(t));
+        refuse("%s: a rank file of %d tokens: only that of Llama 3 (128000) is supported; such a file does not say how to "
+               "split a text, a tokenizer.json does", where, tokenizer_vocab(t));
     add_llama3_tokens(t, where);
     tokenizer_index(t, where);
     return t;
@@ -320,7 +322,7 @@ Tokenizer import_file(const std::string &path) {
     const size_t begin = file.find_first_not_of(" \t\r\n"), space = file.substr(0, 1024).find(' ');
     if (file.size() < 12) fail("%s: expected a tokenizer, found %zu bytes", where, file.size());
     if (begin != std::string::npos && file[begin] == '{') return import_tokenizer_json(file, path);
-    if (space != std::string::npos && read_base64(std::string_view(file).substr(0, space), &bytes)) return import_tiktoken(file, where);
+    if (space != std::string::npos && read_base64(file.substr(0, space), &bytes)) return import_tiktoken(file, where);
     if (file[0] == '\n' && file[2] == '\n') return import_sentencepiece(file, where);    // field 1, and field 1 inside it
     if (file[2] == 0 && file[3] == 0) return import_llama2c(file, where);                // the length of the longest token
     refuse("%s: not a tokenizer that is supported: expected sentencepiece BPE, tokenizer.json, tiktoken ranks or llama2.c",

@@ -41,7 +41,8 @@ static void index_pieces(Tokenizer &t, const char *where) {
     if (t.byte_level && x.unknown >= 0) 
         fail("%s: types: id %d is unknown, expected none in a byte_level vocabulary", where, x.unknown);
     if (!t.byte_level && x.unknown < 0) fail("%s: types: expected one unknown token, found none", where);
-    if (!t.byte_level && bytes != 0 && bytes != 256) fail("%s: types: expected 0 or 256 byte tokens, found %ld", where, bytes);
+    if (!t.byte_level && bytes != 0 && bytes != 256)
+        fail("%s: types: expected 0 or 256 byte tokens, found %ld", where, bytes);
 }
 
 static void index_order(Tokenizer &t, const char *where) {
@@ -71,7 +72,8 @@ static void index_order(Tokenizer &t, const char *where) {
     if (t.merge_by == MergeBy::IDS) return;
     if ((int)t.scores.size() != V) fail("%s: scores: expected %d, found %zu", where, V, t.scores.size());
     for (int id = 0; id < V; id++)
-        if (!std::isfinite(t.scores[id])) fail("%s: scores: id %d: expected a finite number, found %g", where, id, t.scores[id]);
+        if (!std::isfinite(t.scores[id]))
+            fail("%s: scores: id %d: expected a finite number, found %g", where, id, t.scores[id]);
     // Equal scores get equal ranks: then the leftmost pair goes first.
     std::vector<int> order = x.rank;
     std::sort(order.begin(), order.end(), [&](int a, int b) { return t.scores[a] > t.scores[b]; });
@@ -94,7 +96,8 @@ static void index_added(Tokenizer &t, const char *where) {
         std::sort(list->begin(), list->end(), [&](int a, int b) { return t.added[a].text < t.added[b].text; });
         for (size_t i = 1; i < list->size(); i++)
             if (t.added[(*list)[i]].text == t.added[(*list)[i - 1]].text)
-                fail("%s: added: ids %d and %d have the same text", where, t.added[(*list)[i - 1]].id, t.added[(*list)[i]].id);
+                fail("%s: added: ids %d and %d have the same text", where, t.added[(*list)[i - 1]].id,
+                     t.added[(*list)[i]].id);
     }
 }
 

@@ -32,8 +32,11 @@ static Cursor run_end(Cursor p, CharClass cls) {
 // Bytes of an English contraction at the start of the text, 0 if there is none.
 static size_t contraction(std::string_view text, bool any_case) {
     if (text.size() < 2 || text[0] != '\'') return 0;
-    auto lower = [&](size_t i) { return i < text.size() ? (any_case && text[i] >= 'A' && text[i] <= 'Z' ? text[i] | 32 : text[i]) : 0; };
-    const char a = lower(1), b = lower(2);
+    const auto letter = [&](size_t i) {
+        const char c = i < text.size() ? text[i] : '\0';
+        return any_case && c >= 'A' && c <= 'Z' ? (char)(c | 32) : c;
+    };
+    const char a = letter(1), b = letter(2);
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
     if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
     if (any_case && text.substr(1, 2) == "\u017f") return 3;    // the long s is an s in another case

@@ -10,7 +10,7 @@
 //   qwen2         llama3 with \p{N} in place of \p{N}{1,3}
 //
 //   text      "I'll  pay 1234\n\n now"
-//   gpt2      I | 'll | ␣ | ␣pay | ␣1234 | \n\n | ␣now          (of a run of white space, the last goes with the word)
+//   gpt2      I | 'll | ␣ | ␣pay | ␣1234 | \n\n | ␣now       the last of a run of spaces goes with the word
 //   llama3    I | 'll | ␣ | ␣pay | ␣ | 123 | 4 | \n\n | ␣now
 //
 // Here they are written out over code points: linear time, no backtracking.  A byte that is not UTF-8 counts as one

@@ -76,9 +76,9 @@ bool json_bool(const json &v, const char *field, const std::string &where) {
     return v.get<bool>();
 }
 int json_int(const json &v, const char *field, const std::string &where) {
-    const bool fits = v.is_number_unsigned() ? v.get<uint64_t>() <= INT32_MAX
-                                             : v.is_number_integer() && v.get<int64_t>() >= INT32_MIN && v.get<int64_t>() < 0;
-    if (!fits) fail_type(v, field, "an integer of 32 bits", where);
+    const bool small = v.is_number_unsigned() && v.get<uint64_t>() <= INT32_MAX;
+    const bool negative = v.is_number_integer() && !v.is_number_unsigned() && v.get<int64_t>() >= INT32_MIN;
+    if (!small && !negative) fail_type(v, field, "an integer of 32 bits", where);
     return v.get<int>();
 }
 const json &json_array(const json &v, const char *field, const std::string &where) {
@@ -185,9 +185,9 @@ static AddedToken added_entry(const json &v, size_t entry, const std::string &wh
 }
 
 Tokenizer tokenizer_from_json(const std::string &text, const std::string &where) {
-    static const std::set<std::string> fields = {"kind", "merge_by", "split", "prefix", "prefix_once", "squeeze_spaces", "nfc",
-                                                 "ignore_merges", "bos", "eos", "add_bos", "chat_template", "pieces", "types",
-                                                 "scores", "merges", "added"};
+    static const std::set<std::string> fields = {
+        "kind", "merge_by", "split", "prefix", "prefix_once", "squeeze_spaces", "nfc", "ignore_merges", "bos", "eos",
+        "add_bos", "chat_template", "pieces", "types", "scores", "merges", "added"};
     const json j = parse_json(text, where);
     const auto get = [&](const char *field) -> const json & { return json_field(j, field, where); };
     const auto get_bool = [&](const char *field) { return json_bool(get(field), field, where); };
@@ -198,7 +198,8 @@ Tokenizer tokenizer_from_json(const std::string &text, const std::string &where)
     static const char *const KINDS[] = {"spm", "byte_level"};
     t.byte_level = enum_field<bool>(j, "kind", KINDS, where);
     for (const auto &item : j.items())
-        if (!fields.count(item.key())) fail("%s: %s: no field of this name is known", where.c_str(), shown(item.key()).c_str());
+        if (!fields.count(item.key()))
+            fail("%s: %s: no field of this name is known", where.c_str(), shown(item.key()).c_str());
     t.merge_by = enum_field<MergeBy>(j, "merge_by", MERGE_BY, where);
     t.split = enum_field<SplitRule>(j, "split", SPLITS, where);
     t.prefix = enum_field<Prefix>(j, "prefix", PREFIXES, where);

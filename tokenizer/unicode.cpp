@@ -41,12 +41,10 @@ void utf8_append(std::string &out, uint32_t c) {
         out += (char)(c - BAD_BYTE);
     } else if (c < 0x80) {
         out += (char)c;
-    } else if (c < 0x800) {
-        out += {(char)(0xc0 | c >> 6), (char)(0x80 | (c & 63))};
-    } else if (c < 0x10000) {
-        out += {(char)(0xe0 | c >> 12), (char)(0x80 | (c >> 6 & 63)), (char)(0x80 | (c & 63))};
-    } else {
-        out += {(char)(0xf0 | c >> 18), (char)(0x80 | (c >> 12 & 63)), (char)(0x80 | (c >> 6 & 63)), (char)(0x80 | (c & 63))};
+    } else {    // the lead byte tells the length, then six bits a byte
+        const int n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, lead = n == 2 ? 0xc0 : n == 3 ? 0xe0 : 0xf0;
+        out += (char)(lead | c >> 6 * (n - 1));
+        for (int i = n - 2; i >= 0; i--) out += (char)(0x80 | (c >> 6 * i & 63));
     }
 }
 
@@ -99,8 +97,8 @@ static uint32_t compose_pair(uint32_t a, uint32_t b) {
     if (a - HANGUL_S < HANGUL_ALL && (a - HANGUL_S) % HANGUL_TS == 0 && b - HANGUL_T - 1 < HANGUL_TS - 1)
         return a + (b - HANGUL_T);
     const uint64_t key = (uint64_t)a << 32 | b;
-    const Composition *c = std::lower_bound(std::begin(COMPOSITIONS), std::end(COMPOSITIONS), key,
-                                            [](const Composition &c, uint64_t k) { return ((uint64_t)c.a << 32 | c.b) < k; });
+    const auto before = [](const Composition &c, uint64_t key) { return ((uint64_t)c.a << 32 | c.b) < key; };
+    const Composition *c = std::lower_bound(std::begin(COMPOSITIONS), std::end(COMPOSITIONS), key, before);
     return c != std::end(COMPOSITIONS) && c->a == a && c->b == b ? c->c : 0;
 }
 
