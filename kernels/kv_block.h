@@ -36,6 +36,9 @@ constexpr int MAX_HEAD_DIM = 256;
 
 enum class KvFormat : uint8_t { f16, count };
 
+// Steps of NSN that can be switched off to see what they buy (--ablate); 0 is the method.
+enum KvAblate : unsigned { NO_FIRST_NORM = 1, NO_SHIFT = 2, NO_HADAMARD = 4, NO_PRE_ROPE = 8, NO_SCALE = 16 };
+
 // ---- f16: what everybody compares with --------------------------------------------------------------
 //   offset  bytes       field
 //        0  64 * d * 2  x[t][c]       keys before RoPE, like every exact row
@@ -62,6 +65,7 @@ struct KvView {
     int max_blocks;                // entries of a slot's block table
     int sink, recent;              // blocks kept exact at the start, and behind the open one
     bool exact_prefill;
+    unsigned ablate;               // KvAblate
     uint8_t *k_sealed, *v_sealed;  // (L, n_blocks, Hkv) Block
     f16 *k_exact, *v_exact;        // (L, B, sink + recent + 1, Hkv, KV_BLOCK, d)
     const int *table;              // (B, max_blocks)    block i of slot s is number table[s][i] of the pool

@@ -17,7 +17,7 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     v.sink = std::min(o.sink / KV_BLOCK, v.max_blocks), v.recent = std::min(o.recent / KV_BLOCK, v.max_blocks);
     // A slot never seals its sinks, its recents or the open block.
     v.n_blocks = slots * std::max(0, v.max_blocks - 1 - v.sink - v.recent);
-    v.exact_prefill = o.exact_prefill;
+    v.exact_prefill = o.exact_prefill, v.ablate = o.ablate;
     return v;
 }
 

@@ -8,6 +8,7 @@ struct KvOptions {
     KvFormat k_format = KvFormat::f16, v_format = KvFormat::f16;
     int sink = 0, recent = 0;        // tokens, multiples of KV_BLOCK
     bool exact_prefill = false;
+    unsigned ablate = 0;             // KvAblate, for study
 };
 
 struct KvCache {
