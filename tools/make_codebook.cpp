@@ -10,7 +10,7 @@
 // Training  k-means with noise (stochastic relaxation; Zeger, Vaisey, Gersho 1992): each pass draws fresh samples,
 //           gives them to their nearest entries and moves an entry to the mean of its samples plus noise, which dies
 //           out quadratically.  It shakes the codebook out of the poor optima where plain k-means stops.  Then the
-//           components settle on the grid, a twentieth a pass, while the others still move and make up for the rounding.
+//           components settle on the grid, a twentieth a pass, while the others still move to make up for rounding.
 // nsn1      starts from a pattern, without noise: the 240 shortest vectors of the lattice E8, the best packing of
 //           directions in 8 dimensions, and 16 short ones along the axes.  No random start comes near.
 //
@@ -348,8 +348,8 @@ std::string source(const std::vector<Result> &all, uint64_t seed) {
     std::string s = strf(
         "// nsn_codebook.inc - the codebooks of the NSN cache formats.  Generated; do not edit.\n//\n"
         "//   build/make_codebook --seed %llu -o kernels/nsn_codebook.inc\n//\n"
-        "// Component c of entry k is (index[k][c] + 1/2) delta.  Entries are sorted by length; ties of the encoder go to\n"
-        "// the lowest index.  Cosine of token and coded token, and squared error of a channel, over %d normal tokens\n"
+        "// Component c of entry k is (index[k][c] + 1/2) delta.  Entries are sorted by length; ties of the encoder go\n"
+        "// to the lowest index.  Cosine of token and coded token, and squared error of a channel, over %d normal tokens\n"
         "// of %d channels, scaled to |x|^2 = %d, that training has not seen:\n//\n"
         "//          cosine   MSE      largest  a byte names\n", (unsigned long long)seed, FIGURE_TOKENS, TOKEN, TOKEN);
     for (const Result &r : all) {
@@ -358,7 +358,7 @@ std::string source(const std::vector<Result> &all, uint64_t seed) {
         s += strf("//   %-6s %.5f  %.5f  %.3f    %s\n", r.recipe->name, r.cosine, r.mse, largest * r.delta() / 2,
                   r.recipe->what);
     }
-    s += strf("#pragma once\n#include <cstdint>\n\n// FNV-1a 64 of each codebook's indices and then its delta, in this order.\n"
+    s += strf("#pragma once\n#include <cstdint>\n\n// FNV-1a 64 of each codebook's indices and then its delta, in order.\n"
               "inline constexpr uint64_t NSN_CODEBOOK_CHECKSUM = 0x%016llx;\n", (unsigned long long)checksum(all));
     for (const Result &r : all) {
         std::string upper = r.recipe->name;
