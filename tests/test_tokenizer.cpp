@@ -27,7 +27,13 @@ static std::string slurp(const std::string &path) {
     return text.str();
 }
 
-struct Source { const char *path, *kind; int vocab, bos; std::vector<int> eos; bool add_bos, has_chat; SplitRule split; };
+struct Source {
+    const char *path, *kind;
+    int vocab, bos;
+    std::vector<int> eos;
+    bool add_bos, has_chat;
+    SplitRule split;
+};
 static const std::vector<Source> SOURCES = {
     {"models/books-5m/tokenizer.model", "spm", 4096, 1, {2}, true, false, SplitRule::NONE},
     {"models/books-46m/tokenizer.model", "spm", 8192, 1, {2}, true, false, SplitRule::NONE},
@@ -91,14 +97,14 @@ TEST_CASE("tokenizer: SentencePiece merges by hand") {
     auto encode = [&](const char *text) { return pieces_of(t, tokenizer_encode(t, text, false)); };
     CHECK(encode("").empty());
     CHECK(encode("a") == Strings{" a"});
-    CHECK(encode("abc") == Strings{" ", "ab", "c"});     // ab scores better than bc and " a"
+    CHECK(encode("abc") == Strings{" ", "ab", "c"});    // ab scores better than bc and " a"
     CHECK(encode("bc") == Strings{" ", "bc"});
     CHECK(encode("aaa") == Strings{" a", "aa"});
-    CHECK(encode("baaa") == Strings{" ", "b", "aa", "a"});        // equal scores: the left one first
-    CHECK(encode("\u2581") == Strings{" ", " "});                 // the mark of a space is a space
+    CHECK(encode("baaa") == Strings{" ", "b", "aa", "a"});    // equal scores: the left one first
+    CHECK(encode("\u2581") == Strings{" ", " "});             // the mark of a space is a space
     CHECK(encode("c\u00e9") == Strings{" ", "c", "\xc3", "\xa9"});
     CHECK(tokenizer_encode(t, "<s>", true) == std::vector<int>{1});
-    CHECK(tokenizer_encode(t, "<s>", false).size() == 4);         // " <" ... as bytes: space and three letters
+    CHECK(tokenizer_encode(t, "<s>", false).size() == 4);    // " <" ... as bytes: space and three letters
     CHECK(tokenizer_encode(t, "a</s>a", true) == std::vector<int>{261, 2, 261});
     CHECK(tokenizer_find(t, "</s>") == 2);
     CHECK(tokenizer_find(t, "ab") == -1);
@@ -158,23 +164,41 @@ TEST_CASE("tokenizer: split rules") {
 }
 
 TEST_CASE("tokenizer: UTF-8 and composition") {
-    struct Case { const char *bytes; int length; };
-    for (const Case &c : {Case{"a", 1}, {"\xc3\xa9", 2}, {"\xe2\x82\xac", 3}, {"\xf0\x9f\xa6\x99", 4},            // whole
-                          {"\xc3", 0}, {"\xe2\x82", 0}, {"\xf0\x9f\xa6", 0},                                       // cut short
-                          {"\xc0\x80", -1}, {"\xc1\xbf", -1}, {"\xe0\x9f\xbf", -1}, {"\xf0\x8f\xbf\xbf", -1},     // too long
-                          {"\xe0\xa0\x80", 3}, {"\xed\x9f\xbf", 3}, {"\xed\xa0\x80", -1},                         // surrogates
-                          {"\xf4\x8f\xbf\xbf", 4}, {"\xf4\x90\x80\x80", -1}, {"\xf5", -1},                        // 10ffff is last
-                          {"\x80", -1}, {"\xff", -1}, {"\xe2x", -1}, {"\xe2\x82x", -1}})
+    struct Case {
+        const char *bytes;
+        int length;
+    };
+    for (const Case &c : {Case{"a", 1},
+                          {"\xc3\xa9", 2},
+                          {"\xe2\x82\xac", 3},
+                          {"\xf0\x9f\xa6\x99", 4},    // whole
+                          {"\xc3", 0},
+                          {"\xe2\x82", 0},
+                          {"\xf0\x9f\xa6", 0},    // cut short
+                          {"\xc0\x80", -1},
+                          {"\xc1\xbf", -1},
+                          {"\xe0\x9f\xbf", -1},
+                          {"\xf0\x8f\xbf\xbf", -1},    // too long
+                          {"\xe0\xa0\x80", 3},
+                          {"\xed\x9f\xbf", 3},
+                          {"\xed\xa0\x80", -1},    // surrogates
+                          {"\xf4\x8f\xbf\xbf", 4},
+                          {"\xf4\x90\x80\x80", -1},
+                          {"\xf5", -1},    // 10ffff is last
+                          {"\x80", -1},
+                          {"\xff", -1},
+                          {"\xe2x", -1},
+                          {"\xe2\x82x", -1}})
         CHECK_MESSAGE(utf8_length(c.bytes) == c.length, c.bytes);
     CHECK(normalize_nfc("e\u0301") == "\u00e9");
-    CHECK(normalize_nfc("a\u0323\u0302") == "\u1ead");             // in two steps
-    CHECK(normalize_nfc("a\u0302\u0323") == "\u1ead");             // sorted first: below before above
-    CHECK(normalize_nfc("\u1112\u1161\u11ab") == "\ud55c");        // Hangul
+    CHECK(normalize_nfc("a\u0323\u0302") == "\u1ead");         // in two steps
+    CHECK(normalize_nfc("a\u0302\u0323") == "\u1ead");         // sorted first: below before above
+    CHECK(normalize_nfc("\u1112\u1161\u11ab") == "\ud55c");    // Hangul
     CHECK(normalize_nfc("\uac00\u11a8") == "\uac01");
-    CHECK(normalize_nfc("\u212b\u2126") == "\u00c5\u03a9");        // Angstrom and Ohm signs
-    CHECK(normalize_nfc("\u0958") == "\u0915\u093c");              // excluded from composition
+    CHECK(normalize_nfc("\u212b\u2126") == "\u00c5\u03a9");    // Angstrom and Ohm signs
+    CHECK(normalize_nfc("\u0958") == "\u0915\u093c");          // excluded from composition
     CHECK(normalize_nfc("\u0301e") == "\u0301e");
-    CHECK(normalize_nfc("e\xff\u0301") == "e\xff\u0301");          // a bad byte is no starter of a mark
+    CHECK(normalize_nfc("e\xff\u0301") == "e\xff\u0301");    // a bad byte is no starter of a mark
 }
 
 TEST_CASE("tokenizer: the decoder gives whole characters") {
@@ -182,7 +206,7 @@ TEST_CASE("tokenizer: the decoder gives whole characters") {
     Decoder d{&t};
     auto bytes = [](int b) { return 3 + b; };
     CHECK(decoder_next(d, 1) == "");
-    CHECK(decoder_next(d, 261) == "a");      // the space in front of a text is not part of it
+    CHECK(decoder_next(d, 261) == "a");    // the space in front of a text is not part of it
     CHECK(decoder_next(d, 261) == " a");
     CHECK(decoder_next(d, bytes(0xf0)) == "");
     CHECK(decoder_next(d, bytes(0x9f)) == "");
@@ -205,12 +229,14 @@ TEST_CASE("tokenizer: the decoder gives whole characters") {
     CHECK(decoder_next(rest, 261) == " a");
 }
 
-// ---------------------------------------------------------------------------------------------------- vocabularies of others
+// ---------------------------------------------------------------------------------------------------- vocabularies of
+// others
 
 TEST_CASE("tokenizer: every source is read, and its JSON form is the same tokenizer") {
     if (!shared_is_here("every source")) return;
-    const std::string text = slurp(SHARED + "text/wikitext2/wiki.test.raw").substr(0, 20000) + slurp(
-        SHARED + "text/japanese/wagahaiwa_nekodearu_ja.txt").substr(0, 6000) + "<s> <|im_end|>  </s>[INST]\n<|end|>\n 12345";
+    const std::string text = slurp(SHARED + "text/wikitext2/wiki.test.raw").substr(0, 20000) +
+                             slurp(SHARED + "text/japanese/wagahaiwa_nekodearu_ja.txt").substr(0, 6000) +
+                             "<s> <|im_end|>  </s>[INST]\n<|end|>\n 12345";
     for (const Source &s : SOURCES) {
         INFO(s.path);
         const Tokenizer &t = source(s.path);
@@ -234,7 +260,10 @@ TEST_CASE("tokenizer: every source is read, and its JSON form is the same tokeni
 
 TEST_CASE("tokenizer: llama.cpp's golden ids") {
     if (!shared_is_here("llama.cpp's golden ids")) return;
-    struct Golden { const char *name; Strings sources; };
+    struct Golden {
+        const char *name;
+        Strings sources;
+    };
     const std::vector<Golden> goldens = {
         {"llama-spm", {"tokenizers/llama2", "tokenizers/llama2/tokenizer.model", "tokenizers/llama2/tokenizer.bin"}},
         {"llama-bpe", {"tokenizers/llama3", "tokenizers/llama3/tokenizer_l3.bin", "tokenizers/llama3.2_bpe"}},
@@ -270,8 +299,8 @@ constexpr size_t ROUND_TRIP_BYTES = SANITIZED ? 60000 : 250000;    // of each co
 
 TEST_CASE("tokenizer: every corpus comes back") {
     if (!shared_is_here("every corpus")) return;
-    for (const char *name : {"books/val.txt", "books/war-and-peace.txt", "wikitext2/wiki.test.raw",
-                             "japanese/wagahaiwa_nekodearu_ja.txt"}) {
+    for (const char *name :
+         {"books/val.txt", "books/war-and-peace.txt", "wikitext2/wiki.test.raw", "japanese/wagahaiwa_nekodearu_ja.txt"}) {
         const std::string whole = slurp(SHARED + "text/" + name);
         std::string text = whole.substr(0, ROUND_TRIP_BYTES);
         while (!text.empty() && utf8_length(whole.substr(text.size(), 4)) < 0) text.pop_back();    // end between characters
@@ -312,11 +341,11 @@ TEST_CASE("tokenizer: added tokens") {
     using Ids = std::vector<int>;
     CHECK(tokenizer_encode(phi, "<|user|>\n  Hello<|end|>\n", true) == Ids{32010, 15043, 32007});    // rstrip
     CHECK(tokenizer_encode(phi, "<|user|>", false).size() > 1);
-    CHECK(tokenizer_encode(phi, "</s>", false) == Ids{2});                                         // user-defined: always
+    CHECK(tokenizer_encode(phi, "</s>", false) == Ids{2});    // user-defined: always
     CHECK(tokenizer_encode(qwen, "<|im_start|>user\nhi<|im_end|>", true) == Ids{151644, 872, 198, 6023, 151645});
     CHECK(tokenizer_encode(qwen, "<tool_call>", false) == Ids{151657});
-    CHECK(tokenizer_encode(llama, "<s>Hello", true) == Ids{1, 10994});      // found with the space in front of the text
-    CHECK(tokenizer_encode(llama, "a<s>", true).size() == 4);               // and so not here: what the file asks for
+    CHECK(tokenizer_encode(llama, "<s>Hello", true) == Ids{1, 10994});    // found with the space in front of the text
+    CHECK(tokenizer_encode(llama, "a<s>", true).size() == 4);             // and so not here: what the file asks for
     CHECK(tokenizer_encode(source("tokenizers/llama2/tokenizer.model"), "a<s>b", true) == Ids{263, 1, 289});
     CHECK(tokenizer_find(source("tokenizers/llama3"), "<|eot_id|>") == 128009);
     CHECK(tokenizer_find(source("tokenizers/llama3"), "<|reserved_special_token_250|>") == 128255);

@@ -24,8 +24,8 @@ bool file_exists(const std::string &path);
 void add_token(Tokenizer &t, const AddedToken &token, TokenType type, const std::string &where);
 void add_llama3_tokens(Tokenizer &t, const std::string &where);
 Tokenizer import_file(const std::string &path);
-int byte_of_name(const std::string &name);                // "<0x0A>" -> 10, anything else -> -1
-std::string spaces_of_marks(std::string_view piece);      // U+2581 -> space
+int byte_of_name(const std::string &name);              // "<0x0A>" -> 10, anything else -> -1
+std::string spaces_of_marks(std::string_view piece);    // U+2581 -> space
 // import_hf.cpp
 Tokenizer import_tokenizer_json(std::string_view text, const std::string &where);
 Tokenizer import_folder(const std::string &path);

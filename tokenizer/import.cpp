@@ -3,7 +3,6 @@
 #include <sys/stat.h>
 #include <algorithm>
 #include <fstream>
-#include <sstream>
 #include "formats.h"
 
 bool file_exists(const std::string &path) {
@@ -12,11 +11,13 @@ bool file_exists(const std::string &path) {
 }
 
 std::string read_file(const std::string &path) {
-    std::ifstream in(path, std::ios::binary);
-    std::ostringstream bytes;
-    if (in) bytes << in.rdbuf();
-    if (!in || !bytes) fail("%s: cannot read this file", path.c_str());
-    return bytes.str();
+    struct stat s;
+    if (stat(path.c_str(), &s) != 0 || !S_ISREG(s.st_mode)) fail("%s: expected a file", path.c_str());
+    constexpr long limit = 256L << 20;    // the largest we know have 20 MB; somebody names a checkpoint by mistake
+    if (s.st_size > limit) refuse("%s: %lld bytes are too many for a tokenizer", path.c_str(), (long long)s.st_size);
+    std::string bytes((size_t)s.st_size, '\0');
+    if (!std::ifstream(path, std::ios::binary).read(&bytes[0], s.st_size)) fail("%s: cannot read this file", path.c_str());
+    return bytes;
 }
 
 // Give an id its added token; a later name replaces an earlier one (Llama 3.1 renames tokens that Llama 3 reserved).  Ids
@@ -307,7 +308,8 @@ static Tokenizer import_tiktoken(std::string_view file, const char *where) {
     }
     if (tokenizer_vocab(t) != 128000)
         refuse("%s: a rank file of %d tokens: only that of Llama 3 (128000) is supported; such a file does not say how to "
-               "split a text, a tokenizer.json does", where, tokenizer_vocab(t));
+               "split a text, a tokenizer.json does",
+               where, tokenizer_vocab(t));
     add_llama3_tokens(t, where);
     tokenizer_index(t, where);
     return t;

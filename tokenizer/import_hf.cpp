@@ -104,8 +104,9 @@ static bool read_normalizer(Tokenizer &t, const json &j, const std::string &wher
         if (type == "NFC") t.nfc = true;
         else if (type == "Prepend" && is_string(find(step, "prepend"), "\u2581")) t.prefix = Prefix::EVERY;
         else if (type == "Replace" && pattern && is_string(find(*pattern, "String"), " ") &&
-                 is_string(find(step, "content"), "\u2581")) marks = true;
-        else refuse("%s: normalizer %s is not supported: %s", where.c_str(), shown(type).c_str(), shown(step.dump()).c_str());
+                 is_string(find(step, "content"), "\u2581"))
+            marks = true;
+        else refuse("%s: normalizer is not supported: %s", where.c_str(), shown(step.dump()).c_str());
     }
     return marks;
 }
@@ -134,11 +135,12 @@ static bool read_pre_tokenizer(Tokenizer &t, const json &j, const std::string &w
             const json *scheme = find(step, "prepend_scheme");
             if (is_string(scheme, "first")) t.prefix = Prefix::FIRST;
             else if (is_string(scheme, "always")) t.prefix = Prefix::EVERY;
-            else if (!is_string(scheme, "never")) refuse("%s: pre_tokenizer is not supported: %s", where.c_str(), source.c_str());
+            else if (!is_string(scheme, "never"))
+                refuse("%s: pre_tokenizer is not supported: %s", where.c_str(), source.c_str());
             t.prefix_once = true;
             shape += 'M';
         } else {
-            refuse("%s: pre_tokenizer %s is not supported: %s", where.c_str(), shown(type).c_str(), source.c_str());
+            refuse("%s: pre_tokenizer is not supported: %s", where.c_str(), source.c_str());
         }
     }
     t.byte_level = shape == "G" || shape == "DG" || shape == "SB";
@@ -253,7 +255,8 @@ static Tokenizer import_pair(const std::string &vocab_path, const std::string &m
     if (is_string(name, "Qwen2Tokenizer") || (!known_class && V == 151643)) t.split = SplitRule::QWEN2, t.nfc = true;
     else if (is_string(name, "GPT2Tokenizer") || V == 50257) t.split = SplitRule::GPT2;
     else if (V != 128000)
-        refuse("%s: %d pieces and no tokenizer_class that is known: how to split a text is not said, a tokenizer.json says it",
+        refuse("%s: %d pieces and no tokenizer_class that is known: how to split a text is not said, a tokenizer.json says "
+               "it",
                vocab_path.c_str(), V);
 
     const std::string merges = read_file(merges_path);

@@ -38,7 +38,7 @@ static void index_pieces(Tokenizer &t, const char *where) {
         }
     }
     const long bytes = std::count_if(x.byte_id, x.byte_id + 256, [](int id) { return id >= 0; });
-    if (t.byte_level && x.unknown >= 0) 
+    if (t.byte_level && x.unknown >= 0)
         fail("%s: types: id %d is unknown, expected none in a byte_level vocabulary", where, x.unknown);
     if (!t.byte_level && x.unknown < 0) fail("%s: types: expected one unknown token, found none", where);
     if (!t.byte_level && bytes != 0 && bytes != 256)

@@ -21,7 +21,7 @@ struct Cursor {
     bool is(CharClass x) const { return bytes > 0 && cls == x; }
     bool is_newline() const { return bytes > 0 && (c == '\r' || c == '\n'); }
 };
-}
+}    // namespace
 
 // \p{L}+, \p{N}+ or [^\s\p{L}\p{N}]+ from here: where it ends.
 static Cursor run_end(Cursor p, CharClass cls) {

@@ -17,8 +17,11 @@ int tokenizer_find(const Tokenizer &t, std::string_view text) {
 // ---------------------------------------------------------------------------------------- added tokens, normalising
 
 namespace {
-struct Part { std::string_view text; int id; };    // id >= 0: an added token
-}
+struct Part {
+    std::string_view text;
+    int id;
+};    // id >= 0: an added token
+}    // namespace
 
 // The longest added text at the start of s: a binary search that narrows the sorted list byte by byte.  -1 none.
 static int match_added(const Tokenizer &t, const std::vector<int> &list, std::string_view s) {
@@ -106,9 +109,9 @@ struct Symbol {
     int prev, next;          // -1 none
 };
 struct Candidate {
-    uint64_t key;            // rank << 32 | left: the lowest rank first, then the leftmost
-    uint32_t size;           // of both symbols together; only ever grows, so a stale candidate has another size
-    int id;                  // of the union
+    uint64_t key;     // rank << 32 | left: the lowest rank first, then the leftmost
+    uint32_t size;    // of both symbols together; only ever grows, so a stale candidate has another size
+    int id;           // of the union
     bool operator<(const Candidate &o) const { return key > o.key; }    // std heaps keep the largest on top
 };
 struct Merger {
@@ -117,7 +120,7 @@ struct Merger {
     std::vector<Symbol> symbols;
     std::vector<Candidate> heap;
 };
-}
+}    // namespace
 
 static void add_symbol(Merger &m, int id, size_t begin, size_t size) {
     const int i = (int)m.symbols.size();

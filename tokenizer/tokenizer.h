@@ -72,9 +72,9 @@ struct TokenizerIndex {
     std::vector<int> rank;                        // of a piece, 0 merges first (merge_by scores, ids)
     int byte_id[256];                             // -1 none
     int unknown = -1;
-    size_t longest = 0;                           // bytes of the longest normal piece
-    bool cut_before_space = false;                // no piece holds a space after another character
-    std::vector<int> added_raw, added_normalized; // indices into added, sorted by text
+    size_t longest = 0;                              // bytes of the longest normal piece
+    bool cut_before_space = false;                   // no piece holds a space after another character
+    std::vector<int> added_raw, added_normalized;    // indices into added, sorted by text
 };
 
 struct Tokenizer {

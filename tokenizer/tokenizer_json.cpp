@@ -44,7 +44,23 @@ bool letters_to_bytes(std::string_view letters, std::string *bytes) {
 
 // ---------------------------------------------------------------------------------------------------- checked JSON
 
+// Nesting of a JSON text.  Real files reach 10; printing and copying a value that the parser accepts is recursive.
+static int json_depth(std::string_view text) {
+    int depth = 0, deepest = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < text.size(); i++) {
+        const char c = text[i];
+        if (c == '"') in_string = !in_string;
+        else if (in_string) i += c == '\\';
+        else if (c == '[' || c == '{') deepest = std::max(deepest, ++depth);
+        else if (c == ']' || c == '}') depth--;
+    }
+    return deepest;
+}
+
 json parse_json(std::string_view text, const std::string &where) {
+    const int depth = json_depth(text);
+    if (depth > 100) fail("%s: expected JSON of at most 100 levels, found %d", where.c_str(), depth);
     try {
         return json::parse(text.begin(), text.end());
     } catch (const json::parse_error &e) {
@@ -94,8 +110,8 @@ static const char *const SPLITS[] = {"none", "gpt2", "llama3", "qwen2", "digits_
 static const char *const PREFIXES[] = {"none", "first", "every"};
 static const char TYPE_LETTERS[] = "nucdbx";
 
-template <class Enum, size_t n> static Enum enum_field(const json &j, const char *field, const char *const (&names)[n],
-                                                       const std::string &where) {
+template <class Enum, size_t n>
+static Enum enum_field(const json &j, const char *field, const char *const (&names)[n], const std::string &where) {
     const std::string name = json_string(json_field(j, field, where), field, where);
     std::string known;
     for (size_t i = 0; i < n; i++) {
@@ -148,8 +164,9 @@ static std::string_view next_entry(std::string_view &list, bool *more) {
     return entry;
 }
 
-template <class Number> static std::vector<Number> number_list(const std::string &text, const char *field,
-                                                               const char *expected, const std::string &where) {
+template <class Number>
+static std::vector<Number> number_list(const std::string &text, const char *field, const char *expected,
+                                       const std::string &where) {
     std::vector<Number> numbers;
     std::string_view list = text;
     for (bool more = !text.empty(); more;) {
@@ -186,8 +203,8 @@ static AddedToken added_entry(const json &v, size_t entry, const std::string &wh
 
 Tokenizer tokenizer_from_json(const std::string &text, const std::string &where) {
     static const std::set<std::string> fields = {
-        "kind", "merge_by", "split", "prefix", "prefix_once", "squeeze_spaces", "nfc", "ignore_merges", "bos", "eos",
-        "add_bos", "chat_template", "pieces", "types", "scores", "merges", "added"};
+        "kind", "merge_by", "split",         "prefix", "prefix_once", "squeeze_spaces", "nfc",    "ignore_merges", "bos",
+        "eos",  "add_bos",  "chat_template", "pieces", "types",       "scores",         "merges", "added"};
     const json j = parse_json(text, where);
     const auto get = [&](const char *field) -> const json & { return json_field(j, field, where); };
     const auto get_bool = [&](const char *field) { return json_bool(get(field), field, where); };

@@ -4,10 +4,19 @@
 #include <iterator>
 #include <vector>
 
-struct CodeRange { uint32_t first, last; };
-struct CombiningRange { uint32_t first, last; int order; };
-struct Decomposition { uint32_t c, a, b; };
-struct Composition { uint32_t a, b, c; };
+struct CodeRange {
+    uint32_t first, last;
+};
+struct CombiningRange {
+    uint32_t first, last;
+    int order;
+};
+struct Decomposition {
+    uint32_t c, a, b;
+};
+struct Composition {
+    uint32_t a, b, c;
+};
 #include "unicode.inc"
 
 int utf8_length(std::string_view s) {
