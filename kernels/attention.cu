@@ -38,17 +38,18 @@ struct SlotStep { int slot, row0, pos0; };
 namespace reference {
 
 // Row t of one head as the formula says; key: with RoPE.
-static void rebuild(double *x, KvFormat format, const uint8_t *block, RopeTable rope, int d, int t, bool key) {
+static void rebuild(double *x, KvFormat format, const uint8_t *block, const KvView &kv, int d, int t, bool key) {
     double plain[MAX_HEAD_DIM];
+    const bool coded = format != KvFormat::f16;
     with_format(format, d, [&](auto f) {
         using Format = decltype(f);
         const auto &b = *(const typename Format::Block *)block;
         for (int c = 0; c < d; c++) {
             float a[1];
-            Format::load_code(a, b, t % KV_BLOCK, c), x[c] = a[0];
+            Format::load_code(a, b, key ? kv.k_codebook : kv.v_codebook, t % KV_BLOCK, c), x[c] = a[0];
             Format::load_plain(a, b, t % KV_BLOCK, c), plain[c] = a[0];
         }
-        if (Format::rotated) {
+        if (Format::rotated && !(kv.ablate & NO_HADAMARD)) {
             const int p = d & -d;    // R by its definition: entry (r, c) of H is -1 to the number of common bits
             double y[MAX_HEAD_DIM] = {};
             for (int r = 0; r < d; r++)
@@ -58,7 +59,7 @@ static void rebuild(double *x, KvFormat format, const uint8_t *block, RopeTable 
     });
     for (int j = 0; j < d / 2; j++) {
         float c = 1, s = 0;
-        if (key) rope_angle(c, s, rope, t, j, d);
+        if (key && !(coded && kv.ablate & NO_PRE_ROPE)) rope_angle(c, s, kv.rope, t, j, d);
         x[j] += plain[j] * c - plain[j + d / 2] * s;
         x[j + d / 2] += plain[j] * s + plain[j + d / 2] * c;
     }
@@ -76,12 +77,12 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
                 const int i = t / KV_BLOCK;
                 if (i >= kv.sink && i < end)
                     return rebuild(x.data(), key ? kv.k_format : kv.v_format, key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i),
-                                   kv.rope, d, t, key);
+                                   kv, d, t, key);
                 const f16 *from = t >= pos0 ? (key ? k16 : v16) + ((int64_t)(b.first[n] + t - pos0) * kv.Hkv + h) * d
                                             : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer, slot, h, i) + t % KV_BLOCK * d;
                 f16 one[KV_BLOCK * MAX_HEAD_DIM];    // an f16 block that holds this row alone
                 memcpy(one + t % KV_BLOCK * d, from, d * sizeof(f16));
-                rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, kv.rope, d, t, key);
+                rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, kv, d, t, key);
             };
             p.assign(b.pos[n] + 1, 0.0);
             for (int t = 0; t <= b.pos[n]; t++) {
@@ -112,6 +113,7 @@ constexpr int SEGMENT = 16;     // blocks, 1,024 tokens: long enough that the me
 struct Tile {
     std::vector<float> code, plain;
     bool has_code = false, has_plain = false, rotated = false;
+    bool turned = true;    // keys: plain rows are before RoPE
 };
 
 // The triples of M queries: m, l (M), o (M, 2, stride) for the code and the plain half.
@@ -172,23 +174,41 @@ static void add_weighted(float *y, const float *p, const float *x, int M, int n,
 }
 
 // Tile of a sealed block.
-static void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, int d, int stride) {
-    with_format(format, d, [&](auto f) {
-        using Format = decltype(f);
-        const auto &b = *(const typename Format::Block *)block;
-        tile.has_code = Format::has_code, tile.has_plain = Format::has_plain, tile.rotated = Format::rotated;
-        for (int t = 0; t < KV_BLOCK; t++)
-            for (int c = 0; c < d; c += 8) {
-                float x[8];
-                if (Format::has_code) Format::load_code(x, b, t, c), memcpy(&tile.code[t * stride + c], x, sizeof x);
-                if (Format::has_plain) Format::load_plain(x, b, t, c), memcpy(&tile.plain[t * stride + c], x, sizeof x);
-            }
-    });
+static void load_rows(Tile &tile, const f16 *x, int n, int d, int stride) {    // n rows of fp16
+    tile.has_code = tile.rotated = false, tile.has_plain = tile.turned = true;
+    for (int t = 0; t < n; t++)
+        for (int c = 0; c < d; c += 8)
+            for (int i = 0; i < 8; i++) tile.plain[t * stride + c + i] = to_f32(x[t * d + c + i]);
+}
+template <int D> static void load_block(Tile &tile, F16<D>, const typename F16<D>::Block &b, const int8_t *, unsigned, int stride) {
+    load_rows(tile, b.x[0], KV_BLOCK, D, stride);
+}
+static void load_nsn(Tile &tile, const NsnFields &f, const int8_t *codebook, float delta, unsigned ablate, int stride) {
+    tile.has_code = tile.has_plain = true;
+    tile.rotated = !(ablate & NO_HADAMARD), tile.turned = !(ablate & NO_PRE_ROPE);
+    float mean[MAX_HEAD_DIM];
+    for (int c = 0; c < f.d; c++) mean[c] = f.mean_at(c);
+    for (int t = 0; t < KV_BLOCK; t++) {
+        const float s1 = f.s1->at(t), s = s1 * f.s2(t) * delta;
+        float *code = &tile.code[t * stride], *plain = &tile.plain[t * stride];
+        for (int j = 0; j < f.d / f.channels; j++) {
+            const int8_t *index = codebook + f.code[t * (f.d / f.channels) + j] * f.channels;
+            const int sign = f.sign ? f.sign[t * (f.d / 8) + j] : 0;
+            for (int c = 0; c < f.channels; c++) code[j * f.channels + c] = (sign >> c & 1 ? -s : s) * (index[c] + 0.5f);
+        }
+        for (int c = 0; c < f.d; c++) plain[c] = s1 * mean[c];
+    }
+}
+template <class Nsn> static void load_block(Tile &tile, Nsn nsn, const typename Nsn::Block &b, const int8_t *codebook, unsigned ablate, int stride) {
+    load_nsn(tile, nsn_fields(nsn, const_cast<typename Nsn::Block &>(b)), codebook, Nsn::delta, ablate, stride);
+}
+static void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, const int8_t *codebook, unsigned ablate, int d, int stride) {
+    with_format(format, d, [&](auto f) { load_block(tile, f, *(const typename decltype(f)::Block *)block, codebook, ablate, stride); });
 }
 
 // Tile of the first n tokens of exact block i: from the ring, then from this step's rows.
 static void load_exact(Tile &tile, const KvView &kv, int layer, const SlotStep &step, int h, int i, int n, int stride, const f16 *ring, const f16 *rows) {
-    tile.has_code = tile.rotated = false, tile.has_plain = true;
+    tile.has_code = tile.rotated = false, tile.has_plain = tile.turned = true;
     for (int t = 0; t < n; t++) {
         const int pos = i * KV_BLOCK + t;
         const f16 *from = pos < step.pos0 ? ring + kv.exact_at(layer, step.slot, h, i) + t * kv.d
@@ -231,14 +251,16 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
         const int last = b.pos[task.row + task.rows - 1] - i * KV_BLOCK;
         const int n = std::min(KV_BLOCK, last + 1);    // tokens that the last row sees
         if (i >= kv.sink && i < task.coded_end) {
-            load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), d, stride);
-            load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), d, stride);
+            load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.k_codebook, kv.ablate, d, stride);
+            load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.v_codebook, kv.ablate, d, stride);
         } else {
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
         }
         // scores
-        if (s.k.has_plain) {
+        if (s.k.has_plain && !s.k.turned)
+            dot_rows(s.score.data(), s.q.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);
+        else if (s.k.has_plain) {
             turn_keys(s.k.plain.data(), kv.rope, n, d, stride);
             turn_back(s.q_block.data(), s.q.data(), kv.rope, i, M, d, stride);
             dot_rows(s.score.data(), s.q_block.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);

@@ -25,16 +25,19 @@
 //     Block           plain bytes; the layout is the drawing, pinned by the static_assert below it
 //     has_code        false: code_t = 0;  has_plain  false: plain_t = 0
 //     rotated         R is the Hadamard matrix
-//     load_code()     channels c..c+C-1 of code_t
-//     load_plain()    channels c..c+C-1 of plain_t
+//     load_code()     channels c..c+N-1 of code_t
+//     load_plain()    channels c..c+N-1 of plain_t
+//     codebook        what load_code looks codes up in, kv_codebook() on the host; one for all models, null if there is none
 // and one seal() in kv_write.cu.
 #pragma once
+#include <cmath>
+#include "nsn_codebook.inc"
 #include "ops.h"
 
 constexpr int KV_BLOCK = 64;           // tokens that share one NSN mean, and one sealing
 constexpr int MAX_HEAD_DIM = 256;
 
-enum class KvFormat : uint8_t { f16, count };
+enum class KvFormat : uint8_t { f16, nsn1, nsn2, nsn2b, nsn4b, count };
 
 // Steps of NSN that can be switched off to see what they buy (--ablate); 0 is the method.
 enum KvAblate : unsigned { NO_FIRST_NORM = 1, NO_SHIFT = 2, NO_HADAMARD = 4, NO_PRE_ROPE = 8, NO_SCALE = 16 };
@@ -48,13 +51,124 @@ template <int D> struct F16 {
     struct Block { f16 x[KV_BLOCK][D]; };
     static_assert(sizeof(Block) == KV_BLOCK * D * 2, "F16::Block is not the layout above");
 
-    template <int C> HD static void load_code(float (&x)[C], const Block &, int, int) {
-        for (int i = 0; i < C; i++) x[i] = 0.0f;
+    template <int N> HD static void load_code(float (&x)[N], const Block &, const int8_t *, int, int) {
+        for (int i = 0; i < N; i++) x[i] = 0.0f;
     }
-    template <int C> HD static void load_plain(float (&x)[C], const Block &b, int t, int c) {
-        for (int i = 0; i < C; i++) x[i] = to_f32(b.x[t][c + i]);
+    template <int N> HD static void load_plain(float (&x)[N], const Block &b, int t, int c) {
+        for (int i = 0; i < N; i++) x[i] = to_f32(b.x[t][c + i]);
     }
 };
+
+// ---- NSN: normalise, shift, normalise, then vector codes ---------------------------------------------------
+//   code_t  = s1[t] s2[t] w_t        w_t: codewords of C neighbouring channels, (index + 1/2) delta, side by side
+//   plain_t = s1[t] mean             (NSNQuant, arXiv 2505.18231; the design's nsnquant.md redoes the arithmetic)
+//   s1[t]   = s1_min + s1_step * nibble t                                4 bits a token
+//   mean[c] = mean_min[c/32] + mean_step[c/32] * nibble c                4 bits a channel
+//   s2[t]   as f16, or 2^(min + step (u - 1)) of a byte u, 0 for u = 0   with the paper's scale correction folded in
+//   Nibble 2i is the low half of byte i, nibble 2i+1 the high half.
+//
+//   nsn1   C = 8, signed codebook: the paper's 1 bit              nsn2b  C = 4, signed codebook (ours)
+//   nsn2   C = 8, codebook of |x| and 8 sign bits: the paper's 2   nsn4b  C = 2, signed codebook (ours)
+//
+//   bytes at d = 128          nsn1   nsn2  nsn2b  nsn4b   field, in this order
+//   64 * d/C                  1024   1024   2048   4096   code[t][j]    codeword of channels C j .. C j + C-1
+//   64 * d/8                          1024                sign[t][j]    bit i: channel 8 j + i is negative
+//   64 * 2                     128    128                 s2[t]         f16
+//   64 + 4                                    68     68   s2[t], step, min
+//   32 + 4                      36     36     36     36   s1[t], s1_step, s1_min
+//   d/2                         64     64     64     64   mean[c]
+//   ceil(d/32) * 4              16     16     16     16   mean_step[g], then mean_min[g]
+//                             1268   2292   2232   4280   = 1.2383, 2.2383, 2.1797, 4.1797 bits a value
+HD int nibble(const uint8_t *p, int i) { return p[i / 2] >> (i % 2 * 4) & 15; }
+
+struct ScaleF16 {
+    f16 value[KV_BLOCK];
+    HD float at(int t) const { return to_f32(value[t]); }
+};
+struct ScaleLog8 {
+    uint8_t code[KV_BLOCK];
+    f16 step, min;
+    HD float at(int t) const { return code[t] ? exp2f(to_f32(min) + to_f32(step) * (code[t] - 1)) : 0.0f; }
+};
+struct FirstNorm {
+    uint8_t code[KV_BLOCK / 2];
+    f16 step, min;
+    HD float at(int t) const { return to_f32(min) + to_f32(step) * nibble(code, t); }
+};
+template <int D> struct Mean {
+    uint8_t code[D / 2];
+    f16 step[(D + 31) / 32], min[(D + 31) / 32];
+    HD float at(int c) const { return to_f32(min[c / 32]) + to_f32(step[c / 32]) * nibble(code, c); }
+};
+
+template <int D, int CHANNELS, class Scale> struct NsnBytes {
+    static constexpr int d = D, channels = CHANNELS;
+    static constexpr bool has_code = true, has_plain = true, rotated = true, has_sign = false;
+    struct Block {
+        uint8_t code[KV_BLOCK][D / CHANNELS];
+        Scale s2;
+        FirstNorm s1;
+        Mean<D> mean;
+    };
+    static constexpr float delta = CHANNELS == 8 ? NSN1_DELTA : CHANNELS == 4 ? NSN2B_DELTA : NSN4B_DELTA;
+    template <int N> HD static void load_code(float (&x)[N], const Block &b, const int8_t *codebook, int t, int c) {
+        const float s = b.s1.at(t) * b.s2.at(t) * delta;
+        for (int i = 0; i < N; i++) x[i] = s * (codebook[b.code[t][(c + i) / CHANNELS] * CHANNELS + (c + i) % CHANNELS] + 0.5f);
+    }
+    template <int N> HD static void load_plain(float (&x)[N], const Block &b, int t, int c) {
+        for (int i = 0; i < N; i++) x[i] = b.s1.at(t) * b.mean.at(c + i);
+    }
+};
+template <int D> struct Nsn2 {
+    static constexpr int d = D, channels = 8;
+    static constexpr bool has_code = true, has_plain = true, rotated = true, has_sign = true;
+    struct Block {
+        uint8_t code[KV_BLOCK][D / 8], sign[KV_BLOCK][D / 8];
+        ScaleF16 s2;
+        FirstNorm s1;
+        Mean<D> mean;
+    };
+    static constexpr float delta = NSN2_DELTA;
+    template <int N> HD static void load_code(float (&x)[N], const Block &b, const int8_t *codebook, int t, int c) {
+        const float s = b.s1.at(t) * b.s2.at(t) * delta;
+        for (int i = 0; i < N; i++) {
+            const float w = s * (codebook[b.code[t][(c + i) / 8] * 8 + (c + i) % 8] + 0.5f);
+            x[i] = b.sign[t][(c + i) / 8] >> (c + i) % 8 & 1 ? -w : w;
+        }
+    }
+    template <int N> HD static void load_plain(float (&x)[N], const Block &b, int t, int c) {
+        for (int i = 0; i < N; i++) x[i] = b.s1.at(t) * b.mean.at(c + i);
+    }
+};
+// Where the fields of a block are, for code that takes d at run time.
+struct NsnFields {
+    int d, channels;
+    uint8_t *code, *sign;        // (KV_BLOCK, d/channels), (KV_BLOCK, d/8) or null
+    ScaleF16 *s2_f16;            // one of the two
+    ScaleLog8 *s2_log8;
+    FirstNorm *s1;
+    uint8_t *mean;               // nibbles (d)
+    f16 *mean_step, *mean_min;   // (ceil(d/32))
+    HD float s2(int t) const { return s2_f16 ? s2_f16->at(t) : s2_log8->at(t); }
+    HD float mean_at(int c) const { return to_f32(mean_min[c / 32]) + to_f32(mean_step[c / 32]) * nibble(mean, c); }
+};
+HD ScaleF16 *f16_scale(ScaleF16 &s) { return &s; }
+HD ScaleF16 *f16_scale(ScaleLog8 &) { return nullptr; }
+HD ScaleLog8 *log8_scale(ScaleF16 &) { return nullptr; }
+HD ScaleLog8 *log8_scale(ScaleLog8 &s) { return &s; }
+template <int D, int C, class Scale> HD NsnFields nsn_fields(NsnBytes<D, C, Scale>, typename NsnBytes<D, C, Scale>::Block &b) {
+    return {D, C, b.code[0], nullptr, f16_scale(b.s2), log8_scale(b.s2), &b.s1, b.mean.code, b.mean.step, b.mean.min};
+}
+template <int D> HD NsnFields nsn_fields(Nsn2<D>, typename Nsn2<D>::Block &b) {
+    return {D, 8, b.code[0], b.sign[0], &b.s2, nullptr, &b.s1, b.mean.code, b.mean.step, b.mean.min};
+}
+
+template <int D> using Nsn1 = NsnBytes<D, 8, ScaleF16>;
+template <int D> using Nsn2b = NsnBytes<D, 4, ScaleLog8>;
+template <int D> using Nsn4b = NsnBytes<D, 2, ScaleLog8>;
+static_assert(sizeof(Nsn1<128>::Block) == 1268 && sizeof(Nsn2<128>::Block) == 2292, "the paper's 19.8125 and 35.8125 bytes a token");
+static_assert(sizeof(Nsn2b<128>::Block) == 2232 && sizeof(Nsn4b<128>::Block) == 4280, "NsnBytes::Block is not the table above");
+static_assert(sizeof(Nsn2<48>::Block) == 64 * 12 + 128 + 36 + 24 + 8 && sizeof(Nsn4b<8>::Block) == 64 * 4 + 68 + 36 + 4 + 4, "padding");
 
 // ---- the whole cache, as the kernels see it; owns nothing -------------------------------------------------
 struct KvView {
@@ -66,6 +180,8 @@ struct KvView {
     int sink, recent;              // blocks kept exact at the start, and behind the open one
     bool exact_prefill;
     unsigned ablate;               // KvAblate
+    float k_exponent, v_exponent;  // of the scale correction, see seal in kv_write.cu
+    const int8_t *k_codebook, *v_codebook;
     uint8_t *k_sealed, *v_sealed;  // (L, n_blocks, Hkv) Block
     f16 *k_exact, *v_exact;        // (L, B, sink + recent + 1, Hkv, KV_BLOCK, d)
     const int *table;              // (B, max_blocks)    block i of slot s is number table[s][i] of the pool
@@ -103,6 +219,10 @@ HD void rope_angle(float &c, float &s, RopeTable table, int pos, int j, int d) {
 template <int D, class Function> auto with_format_at(KvFormat format, Function f) {
     switch (format) {
     case KvFormat::f16: return f(F16<D>{});
+    case KvFormat::nsn1: return f(Nsn1<D>{});
+    case KvFormat::nsn2: return f(Nsn2<D>{});
+    case KvFormat::nsn2b: return f(Nsn2b<D>{});
+    case KvFormat::nsn4b: return f(Nsn4b<D>{});
     case KvFormat::count: break;
     }
     refuse("KV format %d: unknown", (int)format);
@@ -121,4 +241,7 @@ template <class Function> auto with_format(KvFormat format, int d, Function f) {
 const char *kv_format_name(KvFormat f);
 KvFormat kv_format_from_name(const std::string &name);        // refuses an unknown name and lists the known ones
 int64_t kv_block_bytes(KvFormat f, int d);                     // sizeof(Block)
+const int8_t *kv_codebook(KvFormat f);                         // on the host, KV_CODEBOOK_BYTES; null if it has none
+float kv_scale_exponent(KvFormat f, bool key);                 // what its seal uses, see kv_write.cu
+constexpr int64_t KV_CODEBOOK_BYTES = 256 * 8;                 // of the largest
 inline double kv_bits(KvFormat f, int d) { return 8.0 * kv_block_bytes(f, d) / (KV_BLOCK * d); }    // per value, everything counted

@@ -16,9 +16,10 @@
 #include "kv_block.h"
 
 #ifndef __CUDACC__
+#include "nsn_seal.h"
 
 // ---- names and sizes ----------------------------------------------------------------------------------
-static const char *const format_names[] = {"f16"};
+static const char *const format_names[] = {"f16", "nsn1", "nsn2", "nsn2b", "nsn4b"};
 static_assert(sizeof format_names / sizeof *format_names == (size_t)KvFormat::count, "one name a format");
 
 const char *kv_format_name(KvFormat f) { return format_names[(int)f]; }
@@ -36,14 +37,30 @@ int64_t kv_block_bytes(KvFormat f, int d) {
     return with_format(f, d, [](auto format) { return (int64_t)sizeof(typename decltype(format)::Block); });
 }
 
+const int8_t *kv_codebook(KvFormat f) {
+    switch (f) {
+    case KvFormat::nsn1: return NSN1_INDEX[0];
+    case KvFormat::nsn2: return NSN2_INDEX[0];
+    case KvFormat::nsn2b: return NSN2B_INDEX[0];
+    case KvFormat::nsn4b: return NSN4B_INDEX[0];
+    default: return nullptr;
+    }
+}
+
+float kv_scale_exponent(KvFormat, bool) { return 1.0f; }
+
 // ---- reference: the CPU backend -----------------------------------------------------------------------
 namespace cpu {
 
-// One block: x (KV_BLOCK, d) f16, keys before RoPE.
-template <int D> static void seal(F16<D>, typename F16<D>::Block &block, const f16 *x) { memcpy(block.x, x, sizeof block.x); }
+// One block: rows (KV_BLOCK, d) f16, keys before RoPE.
+template <int D> static void seal(F16<D>, typename F16<D>::Block &block, const f16 *rows, const SealPlace &) { memcpy(block.x, rows, sizeof block.x); }
+template <class Nsn> static void seal(Nsn nsn, typename Nsn::Block &block, const f16 *rows, const SealPlace &place) {
+    memset((void *)&block, 0, sizeof block);
+    nsn_seal(nsn_fields(nsn, block), rows, place);
+}
 
-static void seal_block(KvFormat format, int d, uint8_t *block, const f16 *x) {
-    with_format(format, d, [&](auto f) { seal(f, *(typename decltype(f)::Block *)block, x); });
+void seal_block(KvFormat format, int d, uint8_t *block, const f16 *rows, const SealPlace &place) {
+    with_format(format, d, [&](auto f) { seal(f, *(typename decltype(f)::Block *)block, rows, place); });
 }
 
 static int last_row(const Batch &b, int n) {    // of the slot whose first row is n
@@ -74,8 +91,9 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
                     memcpy(x[0] + (t % KV_BLOCK) * d, old ? kv.k_exact + ring : k16 + row, d * sizeof(f16));
                     memcpy(x[1] + (t % KV_BLOCK) * d, old ? kv.v_exact + ring : v16 + row, d * sizeof(f16));
                 }
-                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x[0]);
-                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x[1]);
+                const SealPlace k_place = {true, i * KV_BLOCK, kv.rope, kv.ablate, kv.k_exponent}, v_place = {false, i * KV_BLOCK, kv.rope, kv.ablate, kv.v_exponent};
+                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x[0], k_place);
+                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x[1], v_place);
             }
     }
 }

@@ -18,10 +18,12 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     // A slot never seals its sinks, its recents or the open block.
     v.n_blocks = slots * std::max(0, v.max_blocks - 1 - v.sink - v.recent);
     v.exact_prefill = o.exact_prefill, v.ablate = o.ablate;
+    v.k_exponent = o.k_exponent < 0 ? kv_scale_exponent(o.k_format, true) : o.k_exponent;
+    v.v_exponent = o.v_exponent < 0 ? kv_scale_exponent(o.v_format, false) : o.v_exponent;
     return v;
 }
 
-struct Sizes { int64_t k_sealed, v_sealed, exact, table, rope_base, rope_step; };
+struct Sizes { int64_t k_sealed, v_sealed, exact, table, rope_base, rope_step, codebooks; };
 static Sizes sizes_of(const KvView &v) {
     const int64_t blocks = (int64_t)v.L * v.n_blocks * v.Hkv;
     return {blocks * v.k_block_bytes,
@@ -29,12 +31,13 @@ static Sizes sizes_of(const KvView &v) {
             (int64_t)v.L * v.B * v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16),
             (int64_t)v.B * v.max_blocks * (int64_t)sizeof(int),
             (int64_t)v.max_blocks * v.d * (int64_t)sizeof(float),
-            (int64_t)KV_BLOCK * v.d * (int64_t)sizeof(float)};
+            (int64_t)KV_BLOCK * v.d * (int64_t)sizeof(float),
+            KV_CODEBOOK_BYTES * ((kv_codebook(v.k_format) != nullptr) + (kv_codebook(v.v_format) != nullptr))};
 }
 
 int64_t kv_cache_bytes(const Config &c, const KvOptions &o, int slots, int context) {
     const Sizes s = sizes_of(shape_of(c, o, slots, context));
-    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + s.rope_step;
+    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + s.rope_step + s.codebooks;
 }
 
 double kv_bytes_per_token(const Config &c, const KvOptions &o) {
@@ -65,6 +68,14 @@ void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOpti
         return p;
     };
     v.rope = {angles(s.rope_base, v.max_blocks, KV_BLOCK), angles(s.rope_step, KV_BLOCK, 1)};
+
+    auto codebook = [&](KvFormat f) -> const int8_t * {
+        if (!kv_codebook(f)) return nullptr;
+        void *p = take(KV_CODEBOOK_BYTES);
+        ops.upload(p, kv_codebook(f), KV_CODEBOOK_BYTES);
+        return (const int8_t *)p;
+    };
+    v.k_codebook = codebook(o.k_format), v.v_codebook = codebook(o.v_format);
 
     cache.table.assign((size_t)v.B * v.max_blocks, 0);
     cache.owned.assign(v.B, 0);

@@ -9,6 +9,7 @@ struct KvOptions {
     int sink = 0, recent = 0;        // tokens, multiples of KV_BLOCK
     bool exact_prefill = false;
     unsigned ablate = 0;             // KvAblate, for study
+    float k_exponent = -1, v_exponent = -1;    // of the scale correction; -1: the format's own
 };
 
 struct KvCache {
