@@ -66,8 +66,8 @@ TEST_CASE("codebook: grid, order, signs") {
     }
 }
 
-// A token's cosine has a standard deviation of 0.0119, 0.0044, 0.0050 and 0.0006; the mean of 8,192 one 90 times smaller.
-// The margins to the gates are 30, 12, 9 and 17 of those: a failure is not chance.
+// A token's cosine has a standard deviation of 0.0119, 0.0044, 0.0050 and 0.0006, the mean of 8,192 one 90 times
+// smaller.  The margins to the gates are 30, 12, 9 and 17 of those: a failure is not chance.
 TEST_CASE("codebook: cosine and squared error on fresh normal tokens") {
     constexpr int TOKENS = 8192, d = 128;
     std::mt19937_64 random(20250518);

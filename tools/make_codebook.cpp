@@ -21,6 +21,8 @@
 //     and each partial sum is an integer below 2^24 (checked): f32 is exact, so neither order nor contraction matters.
 //   * Sums over samples, means and noise are integers.  The figures need a root and a quotient, which IEEE 754 rounds
 //     correctly; they are summed as integers too.
+// Checked on a shortened training: SSE2, AVX2 with -ffast-math, AVX-512 with and without contraction, ASan and UBSan;
+// 1 to 7 threads: one file.  The full training takes 88 s of CPU time with AVX-512, 113 s on two busy cores.
 //
 // Token cosines, before rounding to the grid unless said:
 // Tried: plain k-means, 60 passes: nsn1 0.82530, nsn2 0.95239, nsn2b 0.95127, nsn4b 0.99615.
