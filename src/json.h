@@ -58,8 +58,8 @@ inline const Json &get_field(const Json &object, const char *key, const std::str
 
 // A whole number in [min, max].  Floats are not whole numbers here, whatever their value.
 inline int64_t get_int(const Json &value, const char *key, int64_t min, int64_t max, const std::string &where) {
-    const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= (uint64_t)std::numeric_limits<int64_t>::max()
-                                                 : value.is_number_integer();
+    const uint64_t largest = (uint64_t)std::numeric_limits<int64_t>::max();
+    const bool fits = value.is_number_unsigned() ? value.get<uint64_t>() <= largest : value.is_number_integer();
     if (!fits || value.get<int64_t>() < min || value.get<int64_t>() > max) {
         fail("%s: %s: expected a whole number from %lld to %lld, found %s", where.c_str(), key, (long long)min,
              (long long)max, show_json(value).c_str());
@@ -70,13 +70,16 @@ inline int64_t get_int(const Json &value, const char *key, int64_t min, int64_t 
 // A number in [min, max] as f32.
 inline float get_float(const Json &value, const char *key, double min, double max, const std::string &where) {
     if (!value.is_number() || !(value.get<double>() >= min && value.get<double>() <= max)) {
-        fail("%s: %s: expected a number from %g to %g, found %s", where.c_str(), key, min, max, show_json(value).c_str());
+        fail("%s: %s: expected a number from %g to %g, found %s", where.c_str(), key, min, max,
+             show_json(value).c_str());
     }
     return value.get<float>();
 }
 
 inline bool get_bool(const Json &value, const char *key, const std::string &where) {
-    if (!value.is_boolean()) fail("%s: %s: expected true or false, found %s", where.c_str(), key, show_json(value).c_str());
+    if (!value.is_boolean()) {
+        fail("%s: %s: expected true or false, found %s", where.c_str(), key, show_json(value).c_str());
+    }
     return value.get<bool>();
 }
 

@@ -10,16 +10,17 @@
 // sizes in bytes and products of three fields fit in 63 bits.
 struct IntField { const char *name; int Config::*field; int max; };
 static const IntField INT_FIELDS[] = {
-    {"dim",     &Config::dim,     1 << 17}, {"ffn_dim",    &Config::ffn_dim,    1 << 20},
-    {"n_layers", &Config::n_layers,  1024}, {"n_heads",    &Config::n_heads,       4096},
-    {"n_kv_heads", &Config::n_kv_heads, 4096}, {"head_dim", &Config::head_dim,      256},
-    {"vocab",   &Config::vocab,   1 << 22}, {"max_len",    &Config::max_len,    1 << 26},
+    {"dim",        &Config::dim,        1 << 17}, {"ffn_dim",  &Config::ffn_dim,  1 << 20},
+    {"n_layers",   &Config::n_layers,      1024}, {"n_heads",  &Config::n_heads,     4096},
+    {"n_kv_heads", &Config::n_kv_heads,    4096}, {"head_dim", &Config::head_dim,     256},
+    {"vocab",      &Config::vocab,      1 << 22}, {"max_len",  &Config::max_len,  1 << 26},
 };
 
 void config_check(const Config &c, const std::string &where) {
     const char *w = where.c_str();
     for (const IntField &f : INT_FIELDS) {
-        if (c.*f.field < 1 || c.*f.field > f.max) fail("%s: %s: expected 1 to %d, found %d", w, f.name, f.max, c.*f.field);
+        const int value = c.*f.field;
+        if (value < 1 || value > f.max) fail("%s: %s: expected 1 to %d, found %d", w, f.name, f.max, value);
     }
     if (c.n_heads % c.n_kv_heads != 0) {
         fail("%s: n_kv_heads: expected a divisor of n_heads = %d, found %d", w, c.n_heads, c.n_kv_heads);
@@ -161,7 +162,7 @@ std::vector<TensorSpec> config_tensors(const Config &c) {
     return specs;
 }
 
-// All exponent bits set is NaN or infinity in every one of the formats.  Whole blocks are judged first: that vectorises.
+// All exponent bits set is NaN or infinity in all three formats.  Whole blocks are judged first: that vectorises.
 template <class Word>
 static int64_t find_exponent(const Word *data, int64_t n, Word exponent) {
     for (int64_t begin = 0; begin < n; begin += 4096) {

@@ -10,7 +10,7 @@
 #include <utility>
 #include "json.h"
 
-// The limit of the reference implementation; a header describes tensors and needs kilobytes, with a tokenizer megabytes.
+// The limit of the reference implementation; a header needs kilobytes for tensors, megabytes for a tokenizer.
 constexpr uint64_t MAX_HEADER_BYTES = 100'000'000;
 
 // ---- names and shapes -----------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ static TensorView read_entry(const Safetensors &file, const std::string &name, c
     const uint64_t begin = get_int(offsets[0], "data_offsets", 0, INT64_MAX, where);
     const uint64_t end = get_int(offsets[1], "data_offsets", 0, INT64_MAX, where);
     if (begin > end || end > data_bytes) {
-        fail("%s: data_offsets: expected begin <= end <= %llu (the data in this file), found [%llu, %llu]%s", where.c_str(),
-             (unsigned long long)data_bytes, (unsigned long long)begin, (unsigned long long)end,
+        fail("%s: data_offsets: expected begin <= end <= %llu (the data in this file), found [%llu, %llu]%s",
+             where.c_str(), (unsigned long long)data_bytes, (unsigned long long)begin, (unsigned long long)end,
              end > data_bytes ? "; is the file truncated?" : "");
     }
     t.begin = begin;
@@ -265,11 +265,10 @@ void SafetensorsWriter::append(const void *data, uint64_t n) {
     }
     write(data, n);
     current_bytes += n;
-    auto pad = [&] { return current < plan.size() && plan[current].name.compare(0, strlen(PAD_PREFIX), PAD_PREFIX) == 0; };
     while (current < plan.size() && current_bytes == bytes[current]) {
         current++;
         current_bytes = 0;
-        if (pad()) {
+        if (current < plan.size() && plan[current].name.compare(0, strlen(PAD_PREFIX), PAD_PREFIX) == 0) {
             const char zeros[TENSOR_ALIGN] = {};
             write(zeros, bytes[current]);
             current_bytes = bytes[current];
@@ -288,6 +287,8 @@ void SafetensorsWriter::close() {
 
 void SafetensorsWriter::finish() {
     if (file) close();
-    if (rename(temporary.c_str(), path.c_str()) != 0) fail("%s: cannot rename to it: %s", path.c_str(), strerror(errno));
+    if (rename(temporary.c_str(), path.c_str()) != 0) {
+        fail("%s: cannot rename to it: %s", path.c_str(), strerror(errno));
+    }
     temporary.clear();
 }

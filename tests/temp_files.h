@@ -1,4 +1,4 @@
-// temp_files.h - what the tests of files share: a scratch folder, whole files as strings, a tiny model, its header to edit.
+// temp_files.h - what the tests of files share: a scratch folder, files as strings, a tiny model, its header to edit.
 #pragma once
 #include <cstdlib>
 #include <dirent.h>
@@ -42,7 +42,8 @@ struct TempFolder {
 inline void write_file(const std::string &path, const std::string &bytes) {
     unlink(path.c_str());    // ext4 waits for the disk when a file is truncated and written again
     FILE *f = fopen(path.c_str(), "wb");
-    if (!f || fwrite(bytes.data(), 1, bytes.size(), f) != bytes.size() || fclose(f)) fail("test: cannot write %s", path.c_str());
+    const bool written = f && fwrite(bytes.data(), 1, bytes.size(), f) == bytes.size();
+    if (!written || fclose(f)) fail("test: cannot write %s", path.c_str());
 }
 
 struct Outcome { int code; std::string line; };    // 0 and "" when nothing was thrown
@@ -68,7 +69,8 @@ inline std::string container(std::string header, const std::string &data) {
     return le64(header.size()) + header + data;
 }
 // The same file with an edited header and, if wanted, edited data.
-inline std::string edit_container(const std::string &bytes, const std::function<void(OrderedJson &, std::string &)> &edit) {
+using Edit = std::function<void(OrderedJson &, std::string &)>;
+inline std::string edit_container(const std::string &bytes, const Edit &edit) {
     uint64_t n = 0;
     for (int i = 7; i >= 0; i--) n = n << 8 | (uint8_t)bytes[i];
     OrderedJson header = OrderedJson::parse(bytes.substr(8, n));
@@ -81,7 +83,8 @@ inline std::string edit_container(const std::string &bytes, const std::function<
 
 inline Config tiny_config() {
     Config c;
-    c.dim = 16, c.ffn_dim = 24, c.n_layers = 2, c.n_heads = 4, c.n_kv_heads = 2, c.head_dim = 8, c.vocab = 260, c.max_len = 32;
+    c.dim = 16, c.ffn_dim = 24, c.n_layers = 2, c.n_heads = 4, c.n_kv_heads = 2, c.head_dim = 8;
+    c.vocab = 260, c.max_len = 32;
     c.bos = {256};
     c.eos = {257, 258};
     c.dialect = "test";
@@ -111,7 +114,7 @@ inline Tokenizer tiny_tokenizer() {
 // Distinct small values that every dtype holds exactly: -127/64 ... 127/64.
 inline float tiny_value(const std::string &name, int64_t i) {
     int64_t h = 0;
-    for (const char c : name) h = h * 31 + c;
+    for (const char c : name) h = (h * 31 + c) % 1000003;
     return (float)((h + i * 37) % 128) / 64.0f;
 }
 

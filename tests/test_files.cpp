@@ -123,7 +123,6 @@ TEST_CASE("model.bin: edited") {
     write_file(path, good);
     REQUIRE(outcome_of([&] { model_open(path); }).line == "");
 
-    using Edit = std::function<void(OrderedJson &, std::string &)>;
     // Replaces one field of the config, or of the tokenizer, inside its string in the metadata.
     auto set = [](const char *part, const char *field, const Json &value) -> Edit {
         return [=](OrderedJson &h, std::string &) {

@@ -118,8 +118,9 @@ void model_write(const std::string &path, const Config &config, const Tokenizer 
             const int64_t bad = find_nonfinite(rounded.data(), stored(spec), count);
             if (bad >= 0) {
                 const float x = values[bad];
-                fail("tensor '%s': element %lld is %g%s", spec.name.c_str(), (long long)(first * row_length(spec) + bad),
-                     x, !std::isfinite(x) ? ", expected a finite number" :
+                fail("tensor '%s': element %lld is %g%s", spec.name.c_str(),
+                     (long long)(first * row_length(spec) + bad), x,
+                     !std::isfinite(x) ? ", expected a finite number" :
                      type == DType::f16   ? ", beyond the range of f16 (65504); use --dtype bf16"
                                           : ", beyond the range of bf16; use --dtype f32");
             }

@@ -1,4 +1,4 @@
-// checkpoint.h - the checkpoints of others, and how they become model.bin.  What convert, random_model and the tests share.
+// checkpoint.h - the checkpoints of others, and how they become model.bin.  convert, random_model and the tests share it.
 //
 //   checkpoint_open   SRC -> a Checkpoint: config, tokenizer, and for each of our tensors where its bytes are
 //   model_write       a config, a tokenizer and a function that gives rows -> model.bin, checked, verified, renamed

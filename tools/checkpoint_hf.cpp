@@ -31,12 +31,16 @@ static void refuse_unsupported(const Json &j, const std::string &path) {
 static std::string read_model_type(const Json &j, const std::string &path) {
     const std::string type = get_string(get_field(j, "model_type", path), "model_type", path);
     if (type != "llama" && type != "mistral") {
-        refuse("%s: model_type: not supported: expected llama or mistral, found '%s'", path.c_str(), printable(type).c_str());
+        refuse("%s: model_type: not supported: expected llama or mistral, found '%s'", path.c_str(),
+               printable(type).c_str());
     }
     if (j.contains("architectures") && !j["architectures"].is_null()) {
         const Json &list = j["architectures"];
-        const std::string name = list.is_array() && list.size() == 1 && list[0].is_string() ? list[0].get<std::string>() : "";
-        if (name != "LlamaForCausalLM" && name != "LLaMAForCausalLM" && name != "MistralForCausalLM") {
+        bool known = false;
+        for (const char *name : {"LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM"}) {
+            known |= list == Json::array({name});
+        }
+        if (!known) {
             refuse("%s: architectures: not supported: expected LlamaForCausalLM or MistralForCausalLM, found %s",
                    path.c_str(), show_json(list).c_str());
         }
@@ -58,7 +62,8 @@ static void read_rope(Config &c, const Json &j, const std::string &path) {
         const std::string type = get_string(get_field(r, type_key, where), type_key, where);
         if (type == "default" || type == "none") continue;
         if (type != "llama3") {
-            refuse("%s: %s: not supported: expected llama3 or default, found '%s'", where.c_str(), type_key, printable(type).c_str());
+            refuse("%s: %s: not supported: expected llama3 or default, found '%s'", where.c_str(), type_key,
+                   printable(type).c_str());
         }
         auto number = [&](const char *name) { return get_float(get_field(r, name, where), name, 1e-3, 1e6, where); };
         c.rope_factor = number("factor");
@@ -105,12 +110,14 @@ Config read_hf_config(const std::string &path) {
     c.vocab = number("vocab_size", 0);
     c.max_len = number("max_position_embeddings", mistral ? 131072 : 2048);
     if (!j.contains("head_dim") && c.dim % c.n_heads != 0) {
-        fail("%s: num_attention_heads: expected a divisor of hidden_size = %d, found %d", path.c_str(), c.dim, c.n_heads);
+        fail("%s: num_attention_heads: expected a divisor of hidden_size = %d, found %d", path.c_str(), c.dim,
+             c.n_heads);
     }
     c.head_dim = number("head_dim", std::max(1, c.dim / c.n_heads));
     c.norm_eps = 1e-6f;
     if (j.contains("rms_norm_eps")) c.norm_eps = get_float(j["rms_norm_eps"], "rms_norm_eps", 0, 1, path);
-    if (j.contains("tie_word_embeddings")) c.tied = get_bool(j["tie_word_embeddings"], "tie_word_embeddings", path);
+    const char *tied = "tie_word_embeddings";
+    if (j.contains(tied)) c.tied = get_bool(j[tied], tied, path);
     read_rope(c, j, path);
 
     const bool no_window = j.contains("sliding_window") ? j["sliding_window"].is_null() : !mistral;
@@ -147,15 +154,20 @@ static std::vector<std::string> find_weight_files(const std::string &folder) {
     if (path_exists(index)) {
         const Json j = read_json(index, MAX_INDEX_BYTES);
         const Json &map = get_field(j, "weight_map", index);
-        if (!map.is_object()) fail("%s: weight_map: expected an object, found %s", index.c_str(), show_json(map).c_str());
+        if (!map.is_object()) {
+            fail("%s: weight_map: expected an object, found %s", index.c_str(), show_json(map).c_str());
+        }
         for (const auto &entry : map.items()) {
-            const std::string &shard = get_string(entry.value(), printable(entry.key()).c_str(), index);
+            const std::string tensor = printable(entry.key());
+            const std::string &shard = get_string(entry.value(), tensor.c_str(), index);
             // A name that leads out of the folder is no shard.
             if (shard.empty() || shard.find('/') != std::string::npos || shard.find('\0') != std::string::npos) {
-                fail("%s: %s: expected a file name, found '%s'", index.c_str(), printable(entry.key()).c_str(), printable(shard).c_str());
+                fail("%s: %s: expected a file name, found '%s'", index.c_str(), tensor.c_str(),
+                     printable(shard).c_str());
             }
             if (!path_exists(folder + shard)) {
-                fail("%s: the shard '%s' of tensor '%s' is missing", index.c_str(), printable(shard).c_str(), printable(entry.key()).c_str());
+                fail("%s: the shard '%s' of tensor '%s' is missing", index.c_str(), printable(shard).c_str(),
+                     tensor.c_str());
             }
             files.push_back(folder + shard);
         }
@@ -191,7 +203,8 @@ static std::map<std::string, FoundTensor> list_tensors(const std::string &folder
             source.file = path;
             source.offset = file.data_offset() + t.second.begin;
             if (!all.insert({t.first, {t.second, source}}).second) {
-                fail("%s: tensor '%s': also in %s", path.c_str(), printable(t.first).c_str(), all[t.first].source.file.c_str());
+                fail("%s: tensor '%s': also in %s", path.c_str(), printable(t.first).c_str(),
+                     all[t.first].source.file.c_str());
             }
         }
     }
@@ -211,7 +224,9 @@ Checkpoint open_hf(const std::string &source, const std::string &tokenizer) {
     Config &c = checkpoint.config;
     c = read_hf_config(folder + "config.json");
     const std::string generation = folder + "generation_config.json";
-    if (path_exists(generation)) add_ids(c.eos, read_json(generation, MAX_CONFIG_BYTES), "eos_token_id", c.vocab, generation);
+    if (path_exists(generation)) {
+        add_ids(c.eos, read_json(generation, MAX_CONFIG_BYTES), "eos_token_id", c.vocab, generation);
+    }
 
     const std::map<std::string, FoundTensor> all = list_tensors(folder);
     std::map<std::string, const TensorSpec *> wanted;
@@ -230,12 +245,12 @@ Checkpoint open_hf(const std::string &source, const std::string &tokenizer) {
         const TensorView &view = found->second.view;
         SourceTensor s = found->second.source;
         if (view.shape != spec.shape) {
-            fail("%s: tensor '%s': shape: expected %s, found %s", s.file.c_str(), name.c_str(), shape_text(spec.shape).c_str(),
-                 shape_text(view.shape).c_str());
+            fail("%s: tensor '%s': shape: expected %s, found %s", s.file.c_str(), name.c_str(),
+                 shape_text(spec.shape).c_str(), shape_text(view.shape).c_str());
         }
         if (!dtype_from_name(view.dtype, &s.type)) {
-            refuse("%s: tensor '%s': dtype: not supported: expected F32, F16 or BF16, found %s", s.file.c_str(), name.c_str(),
-                   view.dtype.c_str());
+            refuse("%s: tensor '%s': dtype: not supported: expected F32, F16 or BF16, found %s", s.file.c_str(),
+                   name.c_str(), view.dtype.c_str());
         }
         if (!spec.is_norm) {
             checkpoint.type = first || s.type == checkpoint.type ? s.type : DType::f32;

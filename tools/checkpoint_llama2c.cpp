@@ -26,7 +26,9 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
     const InputFile file(path);
     char head[256] = {};
     file.read(head, std::min<uint64_t>(file.bytes, sizeof head), 0);
-    if (file.bytes < 28) fail("%s: expected a llama2.c checkpoint, found %llu bytes", path.c_str(), (unsigned long long)file.bytes);
+    if (file.bytes < 28) {
+        fail("%s: expected a llama2.c checkpoint, found %llu bytes", path.c_str(), (unsigned long long)file.bytes);
+    }
     refuse_others(file, head);
 
     int32_t word[9];
@@ -48,7 +50,8 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
     c.vocab = legacy && field[5] < 0 && field[5] != INT32_MIN ? -field[5] : field[5];
     c.max_len = field[6];
     if (c.n_heads < 1 || c.dim % c.n_heads != 0) {
-        fail("%s: not a llama2.c checkpoint: expected n_heads to divide dim, found dim %d, n_heads %d", path.c_str(), c.dim, c.n_heads);
+        fail("%s: not a llama2.c checkpoint: expected n_heads to divide dim, found dim %d, n_heads %d", path.c_str(),
+             c.dim, c.n_heads);
     }
     c.head_dim = c.dim / c.n_heads;
     config_check(c, path);
@@ -60,8 +63,8 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
         SourceTensor s;
         s.file = path;
         s.offset = offset;
-        const bool rotated = name.size() > 2 && (name.substr(name.size() - 3) == ".wq" || name.substr(name.size() - 3) == ".wk");
-        s.interleaved_d = rotated ? c.head_dim : 0;
+        const std::string last = name.substr(name.rfind('.') + 1);
+        s.interleaved_d = last == "wq" || last == "wk" ? c.head_dim : 0;
         checkpoint.tensors[name] = s;
         uint64_t bytes = 4;
         for (const int64_t n : specs.at(name).shape) bytes *= n;
@@ -70,11 +73,11 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
     auto take_layers = [&](const char *name) {
         for (int l = 0; l < c.n_layers; l++) take("layers." + std::to_string(l) + "." + name);
     };
-    const std::vector<const char *> matrices = {"wq", "wk", "wv", "wo"}, ffn = {"w_gate", "w_down", "w_up"};
+    const std::vector<const char *> attention = {"wq", "wk", "wv", "wo"}, ffn = {"w_gate", "w_down", "w_up"};
     if (legacy) {
         take("embed");
         take_layers("attn_norm");
-        for (const char *name : matrices) take_layers(name);
+        for (const char *name : attention) take_layers(name);
         take_layers("ffn_norm");
         for (const char *name : ffn) take_layers(name);
         take("out_norm");
@@ -84,14 +87,15 @@ Checkpoint open_llama2c(const std::string &path, const std::string &tokenizer) {
         take_layers("ffn_norm");
         take("out_norm");
         take("embed");
-        for (const char *name : matrices) take_layers(name);
+        for (const char *name : attention) take_layers(name);
         for (const char *name : ffn) take_layers(name);
     }
     if (!c.tied) take("unembed");
     if (offset != file.bytes) {
-        fail("%s: a llama2.c checkpoint (%s) of dim %d, ffn_dim %d, %d layers, %d heads, %d kv heads, vocab %d, max_len %d "
-             "has %llu bytes, found %llu", path.c_str(), legacy ? "legacy" : "version 1", c.dim, c.ffn_dim, c.n_layers,
-             c.n_heads, c.n_kv_heads, c.vocab, c.max_len, (unsigned long long)offset, (unsigned long long)file.bytes);
+        fail("%s: a llama2.c checkpoint (%s) of dim %d, ffn_dim %d, %d layers, %d heads, %d kv heads, vocab %d, "
+             "max_len %d has %llu bytes, found %llu", path.c_str(), legacy ? "legacy" : "version 1", c.dim, c.ffn_dim,
+             c.n_layers, c.n_heads, c.n_kv_heads, c.vocab, c.max_len, (unsigned long long)offset,
+             (unsigned long long)file.bytes);
     }
 
     const size_t slash = path.rfind('/');

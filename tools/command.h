@@ -1,5 +1,5 @@
-// command.h - what the command lines of the tools share: one line for an error, progress on a terminal, and Ctrl-C as an
-// exception, so that a half-written file is removed on the way out.
+// command.h - what the command lines of the tools share: one line for an error, progress on a terminal, and Ctrl-C as
+// an exception, so that a half-written file is removed on the way out.
 #pragma once
 #include <chrono>
 #include <csignal>

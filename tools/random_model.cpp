@@ -1,7 +1,7 @@
 // random_model.cpp - a model.bin of a real shape with random weights: for benchmarks, where only sizes matter.
 //
-// Weights are near-normal with deviation 1/sqrt(in), so that a row of unit rms stays one; wo and w_down, which add to the
-// residual stream 2L times, have 1/sqrt(2 L in).  Norms are 1.  A value depends on seed, tensor and element alone:
+// Weights are near-normal with deviation 1/sqrt(in), so that a row of unit rms stays one; wo and w_down, which add to
+// the residual stream 2L times, have 1/sqrt(2 L in).  Norms are 1.  A value depends on seed, tensor and element alone:
 //
 //   z = splitmix64(key + element)   w = (sum of the four 16-bit parts of z - mean) / deviation
 //
@@ -56,10 +56,12 @@ static Tokenizer plain_tokenizer(int vocab) {
     t.bos = bos;
     t.add_bos = true;
     for (int id = 0; id < vocab; id++) {
-        t.pieces.push_back(id < 256 ? std::string(1, (char)id) : id == bos ? "<s>" : id == eos ? "</s>" : strf("[%d]", id));
-        t.types.push_back(id == bos || id == eos ? TokenType::CONTROL : TokenType::NORMAL);
+        t.pieces.push_back(id < 256 ? std::string(1, (char)id) : strf("[%d]", id));
+        t.types.push_back(TokenType::NORMAL);
     }
     for (const int id : {bos, eos}) {
+        t.pieces[id] = id == bos ? "<s>" : "</s>";
+        t.types[id] = TokenType::CONTROL;
         AddedToken added;
         added.id = id;
         added.text = t.pieces[id];

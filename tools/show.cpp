@@ -3,6 +3,7 @@
 #include <cinttypes>
 #include <cmath>
 #include "command.h"
+#include "json.h"
 #include "model.h"
 
 static const char *USAGE =
@@ -46,7 +47,8 @@ static void show(const std::string &path) {
     int64_t parameters = 0;
     for (const TensorSpec &spec : config_tensors(c)) parameters += m.file->find(spec.name)->elements();
     printf("%s\n", path.c_str());
-    printf("  file       %.1f MB, format version %d, from %s\n", m.file->file_bytes / 1e6, MODEL_FORMAT_VERSION, c.dialect.c_str());
+    printf("  file       %.1f MB, format version %d, from %s\n", m.file->file_bytes / 1e6, MODEL_FORMAT_VERSION,
+           printable(c.dialect).c_str());
     printf("  shape      dim %d, ffn_dim %d, %d layers, %d heads x %d, %d kv heads, vocab %d%s\n", c.dim, c.ffn_dim,
            c.n_layers, c.n_heads, c.head_dim, c.n_kv_heads, c.vocab, c.tied ? ", tied" : "");
     printf("  positions  %d, rope_theta %g", c.max_len, c.rope_theta);
@@ -58,19 +60,20 @@ static void show(const std::string &path) {
     printf("  ids        bos %s, eos %s\n", id_list(c.bos).c_str(), id_list(c.eos).c_str());
     printf("  tokenizer  %s, %d tokens, %s bos in front, chat template: %zu bytes\n", tokenizer_kind(m.tokenizer),
            tokenizer_vocab(m.tokenizer), m.tokenizer.add_bos ? "a" : "no", m.tokenizer.chat_template.size());
-    printf("  size       %.3f M parameters, %" PRId64 " bytes, of which a decode step reads %" PRId64 "\n", parameters / 1e6,
-           m.weights_bytes, m.step_bytes);
+    printf("  size       %.3f M parameters, %" PRId64 " bytes, of which a decode step reads %" PRId64 "\n",
+           parameters / 1e6, m.weights_bytes, m.step_bytes);
     printf("  kv cache   %d bytes a token as f16\n", c.n_layers * 2 * c.n_kv_heads * c.head_dim * 2);
 
-    printf("\n  %-22s %-5s %-16s %14s %14s %10s %10s\n", "tensor", "dtype", "shape", "offset", "bytes", "rms", "max |x|");
+    printf("\n  %-22s %-5s %-16s %14s %14s %10s %10s\n", "tensor", "dtype", "shape", "offset", "bytes", "rms",
+           "max |x|");
     for (const TensorSpec &spec : config_tensors(c)) {
         const TensorView &t = *m.file->find(spec.name);
         const Stats s = scan(m, t);
         printf("  %-22s %-5s %-16s %14" PRIu64 " %14" PRIu64 " %10.4g %10.4g\n", t.name.c_str(), t.dtype.c_str(),
                shape_text(t.shape).c_str(), m.file->data_offset() + t.begin, t.bytes, s.rms, s.max);
     }
-    printf("\n  checks     %zu tensors, all there, in shape, aligned to %d bytes, every value finite\n", config_tensors(c).size(),
-           (int)TENSOR_ALIGN);
+    printf("\n  checks     %zu tensors, all there, in shape, aligned to %d bytes, every value finite\n",
+           config_tensors(c).size(), (int)TENSOR_ALIGN);
 }
 
 static void run(Arguments arguments) {
