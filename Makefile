@@ -13,7 +13,7 @@ COMMA := ,
 BUILD := build/cuda$(CUDA)-debug$(DEBUG)#    objects of different configurations never mix
 
 INCLUDES := -Isrc -Ikernels -Itokenizer -Itools $(INC:%=-I%)
-CXXFLAGS := -std=c++17 -g -Wall -Wextra -fopenmp -march=native $(INCLUDES) -MMD -MP
+CXXFLAGS := -std=c++17 -g -Wall -Wextra -fopenmp -march=native -DWITH_CUDA=$(CUDA) $(INCLUDES) -MMD -MP
 ifeq ($(DEBUG),1)
   CXXFLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 else
@@ -23,6 +23,7 @@ endif
 ifeq ($(CUDA),1)
   NVFLAGS := -std=c++17 -O3 -lineinfo -arch=$(ARCH) $(INCLUDES) -MMD -MP -Xcompiler -Wall,-Wextra
   LINK := $(NVCC) -arch=$(ARCH) $(if $(filter 1,$(DEBUG)),-Xcompiler -fsanitize=address$(COMMA)undefined) -Xcompiler -fopenmp
+  LIBS := -lcublas
 else
   LINK := $(CXX) $(CXXFLAGS)
 endif
@@ -41,11 +42,11 @@ build/%: $(BUILD)/tool-%
 	@cp $< $@
 
 $(BUILD)/run: $(call obj,src/main.cpp $(LIB))
-	$(LINK) $^ -o $@
+	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/test: $(call obj,$(TESTS) $(TOOL_LIB) $(LIB))
-	$(LINK) $^ -o $@
+	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
-	$(LINK) $^ -o $@
+	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c $< -o $@

@@ -42,12 +42,25 @@ struct RopeTable {
 
 struct KvView;             // kv_block.h
 
+// The largest step that will come.
+struct StepShape {
+    int N, Hq, d;
+    int widest;            // the longest row that matmul reads: max of D, F and Hq d
+};
+
 struct Ops {
     const char *name;
     void *(*alloc)   (size_t bytes);                                // 64-byte aligned; fails with the size when there is too little
     void  (*release) (void *p);
     void  (*upload)  (void *to, const void *host, size_t bytes);
     void  (*download)(void *host, const void *from, size_t bytes);  // waits for all earlier work
+    int64_t (*available)();                                         // bytes that alloc could still give; -1 when nobody says
+    double  (*read_gb_s)(const void *p, int64_t bytes, int times);  // how fast p is read, GB/s: the best of `times` passes
+
+    // A step begins: its rows move to where the ops below read them, until the next step begins.  scratch has
+    // scratch_bytes(shape) bytes, for whatever ops of steps up to that shape need beside their arguments.
+    int64_t (*scratch_bytes)(const StepShape &shape);
+    Batch   (*begin)(const Batch &host, void *scratch);
 
     void (*embed)    (float *x, Matrix table, const Batch &b, int D);                        // x[n,:] = table[token[n],:]
     void (*gather)   (float *y, const float *x, const int *row, int n_rows, int D);          // y[i,:] = x[row[i],:]
@@ -64,7 +77,7 @@ struct Ops {
 };
 
 extern const Ops cpu_ops;
-const Ops *cuda_ops();     // null: built without CUDA, or no usable device
+const Ops *cuda_ops(std::string *why_not);    // null, and why: built without CUDA, or no usable device
 
 // What every page defines, once per backend.
 template <class Pointer> using OpFunction = std::remove_pointer_t<Pointer>;

@@ -4,7 +4,7 @@
 #include <nlohmann/json.hpp>
 #include "report.h"
 
-constexpr int64_t BANDWIDTH_BYTES = (int64_t)1 << 30;    // far more than any cache
+constexpr int64_t BANDWIDTH_BYTES = (int64_t)1 << 30, BANDWIDTH_PIECE = 1 << 24;    // far more than any cache
 constexpr int BENCH_ROWS = 512;
 
 static double median(std::vector<double> x) {
@@ -14,15 +14,18 @@ static double median(std::vector<double> x) {
 
 void bench(const Model &m, const Ops &ops, const Options &o) {
     const Config &c = m.config;
-    std::vector<uint8_t> buffer(BANDWIDTH_BYTES, 1);
-    const double bandwidth = read_bandwidth(buffer.data(), BANDWIDTH_BYTES, 5);
-    buffer = {};
-    const double file_speed = read_bandwidth(m.file->map, m.file->file_bytes, 5);
+    void *buffer = ops.alloc(BANDWIDTH_BYTES);
+    const std::vector<uint8_t> ones(BANDWIDTH_PIECE, 1);    // written, so that every page is there
+    for (int64_t at = 0; at < BANDWIDTH_BYTES; at += BANDWIDTH_PIECE) ops.upload((uint8_t *)buffer + at, ones.data(), BANDWIDTH_PIECE);
+    const double bandwidth = ops.read_gb_s(buffer, BANDWIDTH_BYTES, 5);
+    ops.release(buffer);
+    const WeightsRange weights = model_weights(m);
+    const double weights_speed = ops.read_gb_s(weights.data, weights.bytes, 5);
     const int B = std::max(1, o.batch), T = o.bench_tokens, P = o.bench_prompt;
     const int deepest = *std::max_element(o.depths.begin(), o.depths.end());
     const int context = std::max(deepest, P) + T, rows = std::max(B, std::min(BENCH_ROWS, context));
 
-    announce_memory(m, o.kv, B, context, rows, B, o.json);
+    announce_memory(m, ops, o.kv, B, context, rows, B, o.json);
     KvCache cache;
     kv_cache_open(cache, ops, c, o.kv, B, context);
     Activations a;
@@ -47,7 +50,7 @@ void bench(const Model &m, const Ops &ops, const Options &o) {
 
     nlohmann::ordered_json table = nlohmann::ordered_json::array();
     if (!o.json) {
-        printf("read bandwidth %.1f GB/s (1 GiB, all threads, best of 5); this model's file alone %.1f GB/s\n", bandwidth, file_speed);
+        printf("read bandwidth %.1f GB/s (1 GiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth, ops.name, weights_speed);
         printf("%6s %4s %8s %12s %12s %12s %8s %7s %9s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step", "GB/s", "share", "limit t/s");
     }
     for (const int depth : o.depths) {
@@ -82,5 +85,5 @@ void bench(const Model &m, const Ops &ops, const Options &o) {
         fflush(stdout);
     }
     if (o.json)
-        printf("%s\n", nlohmann::ordered_json{{"read_gb_s", bandwidth}, {"model_read_gb_s", file_speed}, {"rows", table}}.dump().c_str());
+        printf("%s\n", nlohmann::ordered_json{{"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed}, {"rows", table}}.dump().c_str());
 }

@@ -1,7 +1,9 @@
 #include "forward.h"
+#include <algorithm>
 
-void forward(const Model &m, const KvView &kv, Activations &a, const Batch &b, const Ops &op) {
+void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows, const Ops &op) {
     const Config &c = m.config;
+    const Batch b = op.begin(rows, a.scratch);
     const int N = b.N, D = c.dim, F = c.ffn_dim, d = c.head_dim, Hq = c.n_heads, Hkv = c.n_kv_heads;
 
     op.embed(a.x, m.embed, b, D);
@@ -37,25 +39,26 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &b, c
 // ---- memory -----------------------------------------------------------------------------------------------
 struct Piece { void **to; int64_t bytes; };
 
-static std::vector<Piece> pieces_of(Activations &a, const Config &c, int64_t N, int64_t n_out) {
+static std::vector<Piece> pieces_of(Activations &a, const Ops &ops, const Config &c, int64_t N, int64_t n_out) {
     const int64_t q = (int64_t)c.n_heads * c.head_dim, kv = (int64_t)c.n_kv_heads * c.head_dim, f = sizeof(float);
+    const StepShape shape = {(int)N, c.n_heads, c.head_dim, (int)std::max<int64_t>({c.dim, c.ffn_dim, q})};
     return {{(void **)&a.x, N * c.dim * f},      {(void **)&a.xn, N * c.dim * f},    {(void **)&a.q, N * q * f},
             {(void **)&a.k, N * kv * f},         {(void **)&a.v, N * kv * f},        {(void **)&a.att, N * q * f},
             {(void **)&a.y, N * c.dim * f},      {(void **)&a.gate, N * c.ffn_dim * f}, {(void **)&a.up, N * c.ffn_dim * f},
             {(void **)&a.k16, N * kv * 2},       {(void **)&a.v16, N * kv * 2},      {(void **)&a.x_out, n_out * c.dim * f},
-            {(void **)&a.logits, n_out * c.vocab * f}};
+            {(void **)&a.logits, n_out * c.vocab * f}, {&a.scratch, ops.scratch_bytes(shape)}};
 }
 
-int64_t activations_bytes(const Config &c, int N, int n_out) {
+int64_t activations_bytes(const Ops &ops, const Config &c, int N, int n_out) {
     Activations a;
     int64_t bytes = 0;
-    for (const Piece &p : pieces_of(a, c, N, n_out)) bytes += p.bytes;
+    for (const Piece &p : pieces_of(a, ops, c, N, n_out)) bytes += p.bytes;
     return bytes;
 }
 
 void activations_open(Activations &a, const Ops &ops, const Config &c, int N, int n_out) {
     a.ops = &ops, a.N = N, a.n_out = n_out;
-    for (const Piece &p : pieces_of(a, c, N, n_out)) {
+    for (const Piece &p : pieces_of(a, ops, c, N, n_out)) {
         *p.to = ops.alloc(p.bytes);
         a.memory.push_back(*p.to);
         a.bytes += p.bytes;

@@ -25,6 +25,7 @@ struct Activations {
     float *x, *xn, *q, *k, *v, *att, *y, *gate, *up;    // (N, D|D|Hq d|Hkv d|Hkv d|Hq d|D|F|F)
     f16 *k16, *v16;                                     // (N, Hkv, d)
     float *x_out, *logits;                              // (n_out, D), (n_out, V)
+    void *scratch;                                      // what the ops need beside that (Ops::scratch_bytes)
     int N = 0, n_out = 0;
     int64_t bytes = 0;
     const Ops *ops = nullptr;
@@ -35,8 +36,9 @@ struct Activations {
     Activations &operator=(const Activations &) = delete;
     ~Activations();
 };
-int64_t activations_bytes(const Config &c, int N, int n_out);
+int64_t activations_bytes(const Ops &ops, const Config &c, int N, int n_out);
 void activations_open(Activations &a, const Ops &ops, const Config &c, int N, int n_out);
 
-// The rows of b go through the model and into the cache (reserved by the caller); logits (b.n_out, V) are in a.logits.
-void forward(const Model &m, const KvView &kv, Activations &a, const Batch &b, const Ops &op);
+// The rows, given on the host, go through the model and into the cache (reserved by the caller); logits (n_out, V) are in
+// a.logits.
+void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows, const Ops &op);

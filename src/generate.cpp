@@ -32,7 +32,7 @@ void generate(const Model &m, const Ops &ops, const Options &o) {
     const int slot_len = n_prompt + wanted;    // the cache holds what this run can use, no more
     const int rows = o.kv.exact_prefill ? n_prompt : std::min(n_prompt, PREFILL_ROWS);
 
-    announce_memory(m, o.kv, 1, slot_len, rows, 1, false);
+    announce_memory(m, ops, o.kv, 1, slot_len, rows, 1, false);
     KvCache cache;
     kv_cache_open(cache, ops, c, o.kv, 1, slot_len);
     Activations a;

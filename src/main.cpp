@@ -5,6 +5,7 @@
 #include <cstring>
 #include <omp.h>
 #include "bench.h"
+#include "device.h"
 #include "files.h"
 #include "generate.h"
 #include "perplexity.h"
@@ -147,17 +148,13 @@ static Options parse(int argc, char **argv) {
     return o;
 }
 
-static const Ops *find_ops(const std::string &device) {
-    if (device == "cpu") return &cpu_ops;
-    refuse("-d cuda: the CUDA backend is not built yet; -d cpu works");
-}
-
 int main(int argc, char **argv) {
     try {
         const Options o = parse(argc, argv);
-        const Ops *ops = find_ops(o.device);
+        const Ops *ops = device_open(o.device);
         if (o.threads) omp_set_num_threads(o.threads);
-        const Model m = model_open(o.model);
+        Model m = model_open(o.model);
+        model_upload(m, *ops);
         if (o.bench) bench(m, *ops, o);
         else if (!o.ppl_file.empty()) perplexity(m, *ops, o);
         else generate(m, *ops, o);

@@ -54,6 +54,7 @@ struct Model {
     int64_t weights_bytes = 0;                            // of all tensors
     int64_t step_bytes = 0;                               // read by one decode step: everything but an untied embed
     std::shared_ptr<Safetensors> file;                    // keeps the mapping alive
+    std::shared_ptr<void> memory;                         // the weights on another device (device.h); null: in the mapping
 };
 
 // Map model.bin, check every tensor of config_tensors() for presence, dtype and shape (nothing more may be there), and

@@ -45,7 +45,7 @@ void perplexity(const Model &m, const Ops &ops, const Options &o) {
     const int B = std::min<int64_t>(o.batch ? o.batch : 4, windows.size());
     const int longest = (int)(windows[0].end - windows[0].begin) + with_bos;
     const int rows_each = o.kv.exact_prefill ? longest : std::max(1, std::min(longest, STEP_ROWS / B)), rows = rows_each * B;
-    announce_memory(m, o.kv, B, longest, rows, rows, o.json);
+    announce_memory(m, ops, o.kv, B, longest, rows, rows, o.json);
     KvCache cache;
     kv_cache_open(cache, ops, c, o.kv, B, longest);
     Activations a;

@@ -8,22 +8,11 @@
 static const auto program_start = std::chrono::steady_clock::now();
 double seconds_running() { return seconds_since(program_start); }
 
-static int64_t available_memory() {    // bytes; -1 when the system does not say
-    FILE *f = fopen("/proc/meminfo", "r");
-    if (!f) return -1;
-    char line[128];
-    long long kib = -1;
-    while (fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %lld kB", &kib) == 1) break;
-    fclose(f);
-    return kib < 0 ? -1 : kib * 1024;
-}
-
 static double mib(int64_t bytes) { return bytes / 1048576.0; }
 
-void announce_memory(const Model &m, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet) {
-    const int64_t cache = kv_cache_bytes(m.config, kv, slots, context), activations = activations_bytes(m.config, rows, rows_out);
-    const int64_t available = available_memory();
+void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet) {
+    const int64_t cache = kv_cache_bytes(m.config, kv, slots, context), activations = activations_bytes(ops, m.config, rows, rows_out);
+    const int64_t available = ops.available();
     if (available >= 0 && cache + activations > available) {
         int fits = context;
         while (fits > KV_BLOCK && kv_cache_bytes(m.config, kv, slots, fits) + activations > available) fits /= 2;
@@ -31,8 +20,8 @@ void announce_memory(const Model &m, const KvOptions &kv, int slots, int context
              mib(cache), slots, context, mib(activations), mib(available), fits);
     }
     if (!quiet)
-        fprintf(stderr, "memory: weights %.1f MiB (mapped), cache %.1f MiB (%d x %d tokens, K %s, V %s, %.3f bits a value), activations %.1f MiB\n",
-                mib(m.weights_bytes), mib(cache), slots, context, kv_format_name(kv.k_format), kv_format_name(kv.v_format),
+        fprintf(stderr, "memory: weights %.1f MiB (%s), cache %.1f MiB (%d x %d tokens, K %s, V %s, %.3f bits a value), activations %.1f MiB\n",
+                mib(m.weights_bytes), m.memory ? ops.name : "mapped", mib(cache), slots, context, kv_format_name(kv.k_format), kv_format_name(kv.v_format),
                 (kv_bits(kv.k_format, m.config.head_dim) + kv_bits(kv.v_format, m.config.head_dim)) / 2, mib(activations));
 }
 
@@ -40,26 +29,6 @@ int64_t step_bytes(const Model &m, const KvView &kv, int slots, int pos) {
     const int sealed = kv.coded_end(pos) - kv.sink, exact = pos + 1 - sealed * KV_BLOCK;
     const int64_t heads = (int64_t)kv.L * kv.Hkv;
     return m.step_bytes + slots * heads * (sealed * (kv.k_block_bytes + kv.v_block_bytes) + (int64_t)exact * kv.d * 2 * (int64_t)sizeof(f16));
-}
-
-double read_bandwidth(const void *data, int64_t n, int times) {
-    const int64_t words = n / 64 * 8;
-    const uint64_t *p = (const uint64_t *)data;
-    double best = 0;
-    volatile uint64_t keep = 0;    // the sum must be computed
-    for (int i = 0; i < times; i++) {
-        const auto start = std::chrono::steady_clock::now();
-        uint64_t sum = 0;
-#pragma omp parallel for reduction(^ : sum) schedule(static)
-        for (int64_t w = 0; w < words; w += 8) {
-            uint64_t line = 0;
-            for (int j = 0; j < 8; j++) line ^= p[w + j];
-            sum ^= line;
-        }
-        keep = keep ^ sum;
-        best = std::max(best, words * 8 / seconds_since(start) / 1e9);
-    }
-    return best;
 }
 
 uint64_t hash_bytes(const void *data, size_t n) {
@@ -72,8 +41,9 @@ uint64_t hash_bytes(const void *data, size_t n) {
 static double rounded(double x) { return atof(strf("%.5g", x).c_str()); }
 
 void print_closing(const Closing &r, const Model &m, const KvCache &cache, const Activations &a) {
-    // The roofline of this very model: its file read by all threads, nothing else done.
-    const double bandwidth = read_bandwidth(m.file->map, m.file->file_bytes, 2);
+    // The roofline of this very model: its weights read, nothing else done.
+    const WeightsRange weights = model_weights(m);
+    const double bandwidth = a.ops->read_gb_s(weights.data, weights.bytes, 2);
     const double gb_s = r.decode_s > 0 ? r.decode_bytes / r.decode_s / 1e9 : 0;
     const Config &c = m.config;
     const KvOptions kv = {cache.view.k_format, cache.view.v_format};

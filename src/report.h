@@ -2,21 +2,19 @@
 #pragma once
 #include <chrono>
 #include <cstdint>
+#include "device.h"
 #include "forward.h"
 
 inline double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Fails when the machine has less memory available than cache and activations will take, and says what would fit.
+// Fails when the device has less memory available than cache and activations will take, and says what would fit.
 // Otherwise tells stderr what is about to be allocated, unless quiet.
-void announce_memory(const Model &m, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet);
+void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet);
 
 // Bytes a decode step of `slots` sequences at position pos must read: weights once, the cache of every sequence.
 int64_t step_bytes(const Model &m, const KvView &kv, int slots, int pos);
-
-// How fast all threads together read n bytes, in GB/s: the best of `times` passes.
-double read_bandwidth(const void *data, int64_t n, int times);
 
 // Seconds since the program started.
 double seconds_running();
