@@ -27,6 +27,7 @@ static std::string slurp(const std::string &path) {
     return text.str();
 }
 
+namespace {
 struct Source {
     const char *path, *kind;
     int vocab, bos;
@@ -34,6 +35,7 @@ struct Source {
     bool add_bos, has_chat;
     SplitRule split;
 };
+}    // namespace
 static const std::vector<Source> SOURCES = {
     {"models/books-5m/tokenizer.model", "spm", 4096, 1, {2}, true, false, SplitRule::NONE},
     {"models/books-46m/tokenizer.model", "spm", 8192, 1, {2}, true, false, SplitRule::NONE},
@@ -332,6 +334,12 @@ TEST_CASE("tokenizer: files of one vocabulary agree") {
     CHECK(source("tokenizers/llama2").pieces == source("tokenizers/llama2/tokenizer.model").pieces);
     CHECK(source("tokenizers/llama3/tokenizer_l3.bin").pieces == source("tokenizers/llama3").pieces);
     CHECK(source("tokenizers/llama3.2_bpe").pieces == source("tokenizers/llama3").pieces);
+    const TempFolder gpt2("gpt2");    // without the tokenizer.json beside them
+    for (const char *name : {"vocab.json", "merges.txt"})
+        write_file(gpt2.path + name, slurp(SHARED + "tokenizers/gpt2/" + name));
+    const Tokenizer pair = tokenizer_import(gpt2.path);
+    CHECK(pair.pieces == source("tokenizers/gpt2").pieces);
+    CHECK(tokenizer_encode(pair, text, true) == tokenizer_encode(source("tokenizers/gpt2"), text, true));
 }
 
 TEST_CASE("tokenizer: added tokens") {

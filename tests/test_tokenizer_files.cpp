@@ -143,6 +143,7 @@ static std::string sentence_piece(const std::string &name, float score, int type
     return field(1, field(1, name) + varint(2 << 3 | 5) + f32_bytes(score) + field(3, (uint64_t)type));
 }
 
+namespace {
 struct SpmFile {
     std::string pieces, trainer = field(3, (uint64_t)2) + field(35, (uint64_t)1),
                         normalizer = field(1, "identity") + field(4, (uint64_t)0);
@@ -153,6 +154,7 @@ struct SpmFile {
         pieces += sentence_piece("\u2581a", -1, 1) + sentence_piece("\u2581", -2, 1) + sentence_piece("a", -3, 1);
     }
 };
+}    // namespace
 
 TEST_CASE("tokenizer files: sentencepiece models") {
     const TempFolder folder("spm");
@@ -374,8 +376,8 @@ TEST_CASE("tokenizer files: the configs of a folder") {
     check_outcome(outcome_of([&] { tokenizer_import(path); }), path, "4 pieces and no tokenizer_class that is known", 2);
     write_file(path + "tokenizer_config.json",
                R"({"tokenizer_class": "Qwen2Tokenizer", "bos_token": null, "add_bos_token": false,
-        "eos_token": {"content": "<|im_end|>"}, "chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}],
-        "added_tokens_decoder": {"5": {"content": "<|im_end|>", "special": true}}})");
+        "eos_token": {"content": "<|im_end|>"}, "added_tokens_decoder": {"5": {"content": "<|im_end|>", "special": true}},
+        "chat_template": [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]})");
     write_file(path + "generation_config.json", R"({"eos_token_id": [5, 3], "bos_token_id": 3})");
     const Tokenizer t = tokenizer_import(path);
     CHECK(t.nfc);

@@ -3,6 +3,9 @@
 #include <nlohmann/json.hpp>
 #include "tokenizer.h"
 
+// A namespace, because programs have their own read_file and the like, and the linker would pick one of the two.
+namespace formats {
+
 // GPT-2 writes a byte as a letter, so that any byte string is printable text: see `pieces` in tokenizer.h.
 std::string bytes_to_letters(std::string_view bytes);
 bool letters_to_bytes(std::string_view letters, std::string *bytes);    // false: not such a letter
@@ -29,3 +32,5 @@ std::string spaces_of_marks(std::string_view piece);    // U+2581 -> space
 // import_hf.cpp
 Tokenizer import_tokenizer_json(std::string_view text, const std::string &where);
 Tokenizer import_folder(const std::string &path);
+
+}    // namespace formats

@@ -5,12 +5,14 @@
 #include <fstream>
 #include "formats.h"
 
-bool file_exists(const std::string &path) {
+using namespace formats;
+
+bool formats::file_exists(const std::string &path) {
     struct stat s;
     return stat(path.c_str(), &s) == 0;
 }
 
-std::string read_file(const std::string &path) {
+std::string formats::read_file(const std::string &path) {
     struct stat s;
     if (stat(path.c_str(), &s) != 0 || !S_ISREG(s.st_mode)) fail("%s: expected a file", path.c_str());
     constexpr long limit = 256L << 20;    // the largest we know have 20 MB; somebody names a checkpoint by mistake
@@ -22,7 +24,7 @@ std::string read_file(const std::string &path) {
 
 // Give an id its added token; a later name replaces an earlier one (Llama 3.1 renames tokens that Llama 3 reserved).  Ids
 // may leave a gap, which becomes unused; a wild id is an error, not an allocation.
-void add_token(Tokenizer &t, const AddedToken &token, TokenType type, const std::string &where) {
+void formats::add_token(Tokenizer &t, const AddedToken &token, TokenType type, const std::string &where) {
     if (token.id < 0 || token.id > tokenizer_vocab(t) + 65536)
         fail("%s: added token \"%s\": expected an id in [0, %d], found %d", where.c_str(), shown(token.text).c_str(),
              tokenizer_vocab(t) + 65536, token.id);
@@ -39,14 +41,12 @@ void add_token(Tokenizer &t, const AddedToken &token, TokenType type, const std:
     t.added.push_back(token);
 }
 
-// "<0x0A>" -> 10, anything else -> -1
-int byte_of_name(const std::string &name) {
-    unsigned b;
-    char end;
-    return name.size() == 6 && sscanf(name.c_str(), "<0x%2X%c", &b, &end) == 2 && end == '>' ? (int)b : -1;
+int formats::byte_of_name(const std::string &name) {
+    unsigned b = 256;
+    return sscanf(name.c_str(), "<0x%2X>", &b) == 1 && b < 256 && name == strf("<0x%02X>", b) ? (int)b : -1;
 }
 
-std::string spaces_of_marks(std::string_view piece) {    // U+2581 -> ' '
+std::string formats::spaces_of_marks(std::string_view piece) {
     std::string out;
     for (size_t i = 0; i < piece.size(); i++) {
         if (piece.substr(i, 3) == "\u2581") out += ' ', i += 2;
@@ -191,7 +191,7 @@ static Tokenizer import_sentencepiece(std::string_view file, const char *where) 
 // ---------------------------------------------------------------------------------------------------- Llama 3's tokens
 
 // The 256 tokens that follow the 128000 ranks of Llama 3.
-void add_llama3_tokens(Tokenizer &t, const std::string &where) {
+void formats::add_llama3_tokens(Tokenizer &t, const std::string &where) {
     constexpr int RANKS = 128000;
     std::vector<std::string> names(256);
     names[0] = "<|begin_of_text|>", names[1] = "<|end_of_text|>";
@@ -317,7 +317,7 @@ static Tokenizer import_tiktoken(std::string_view file, const char *where) {
 
 // ---------------------------------------------------------------------------------------------------- which is it
 
-Tokenizer import_file(const std::string &path) {
+Tokenizer formats::import_file(const std::string &path) {
     const std::string file = read_file(path);
     const char *where = path.c_str();
     std::string bytes;

@@ -5,6 +5,7 @@
 #include "split.h"
 
 using nlohmann::json;
+using namespace formats;
 
 static const json *find(const json &object, const char *field) {    // null when absent or JSON null
     const auto it = object.is_object() ? object.find(field) : object.end();
@@ -177,7 +178,7 @@ static void refuse_option(const json &model, const char *field, const std::strin
     if (v && *v != "" && *v != 0) refuse("%s: model: %s %s is not supported", where.c_str(), field, v->dump().c_str());
 }
 
-Tokenizer import_tokenizer_json(std::string_view text, const std::string &where) {
+Tokenizer formats::import_tokenizer_json(std::string_view text, const std::string &where) {
     const json j = parse_json(text, where);
     if (!find(j, "model"))
         refuse("%s: a JSON file without \"model\" is no tokenizer.json; for vocab.json and merges.txt name their folder",
@@ -255,8 +256,7 @@ static Tokenizer import_pair(const std::string &vocab_path, const std::string &m
     if (is_string(name, "Qwen2Tokenizer") || (!known_class && V == 151643)) t.split = SplitRule::QWEN2, t.nfc = true;
     else if (is_string(name, "GPT2Tokenizer") || V == 50257) t.split = SplitRule::GPT2;
     else if (V != 128000)
-        refuse("%s: %d pieces and no tokenizer_class that is known: how to split a text is not said, a tokenizer.json says "
-               "it",
+        refuse("%s: %d pieces and no tokenizer_class that is known: only a tokenizer.json says how to split a text",
                vocab_path.c_str(), V);
 
     const std::string merges = read_file(merges_path);
@@ -320,7 +320,7 @@ static void apply_model_config(Tokenizer &t, const json &config, const std::stri
     else add_eos(t, json_int(*eos, "eos_token_id", where));
 }
 
-Tokenizer import_folder(const std::string &path) {
+Tokenizer formats::import_folder(const std::string &path) {
     const auto in = [&](const char *name) { return path + "/" + name; };
     const auto config = [&](const char *name) {
         return file_exists(in(name)) ? parse_json(read_file(in(name)), in(name)) : json();

@@ -19,8 +19,8 @@ int tokenizer_find(const Tokenizer &t, std::string_view text) {
 namespace {
 struct Part {
     std::string_view text;
-    int id;
-};    // id >= 0: an added token
+    int id;    // of an added token, -1: text to encode
+};
 }    // namespace
 
 // The longest added text at the start of s: a binary search that narrows the sorted list byte by byte.  -1 none.
@@ -228,6 +228,7 @@ static void encode_plain(Merger &m, std::string_view text, std::vector<int> &out
 }
 
 std::vector<int> tokenizer_encode(const Tokenizer &t, std::string_view text, bool parse_special) {
+    if (t.index.piece_slots.empty()) fail("tokenizer: no vocabulary was read");
     if (text.size() >= INT32_MAX) fail("text: expected less than 2 GiB, found %zu bytes", text.size());
     Merger m{t, {}, {}, {}};
     std::vector<int> ids;

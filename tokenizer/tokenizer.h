@@ -6,13 +6,15 @@
 //   first symbols   characters: ' ' 'H' 'e' 'l' 'l' 'o' ...         bytes: 48 65 6c 6c 6f | 20 77 6f ...
 //   merge           the pair whose union has the best score,        the pair that comes first in the list of merges,
 //                   leftmost first, until no pair is a piece        leftmost first, until no pair is listed
-//   left over       a character without a piece becomes its bytes   nothing: every byte has a piece
+//   left over       a character without a piece becomes its bytes   a byte without a piece is dropped, as the reference
+//                   ("<0xC3>" "<0xA9>"), or <unk> if there are none  does (SmolLM lacks 21 that text hardly holds)
 //
 // Added tokens ("<s>", "<|im_end|>") are cut out before all that: leftmost, longest match; they are never split.
+// Encoding costs O(n log n) for any input: a linked list of symbols and a queue of the pairs that may merge.
 //
 // A piece is stored as the bytes it prints: the SPM space mark U+2581 is a space here, "<0x0A>" a line feed, and the
-// letters that byte-level files use for bytes are undone.  Input that is not UTF-8: a byte-level tokenizer keeps the bytes,
-// so decoding gives them back; SPM reads each bad byte as U+FFFD, as sentencepiece does.
+// letters that byte-level files use for bytes are undone.  Input that is not UTF-8: a byte-level tokenizer keeps the bytes
+// as they are; SPM reads each bad byte as U+FFFD, as sentencepiece does.
 //
 // The JSON text in a model file (tokenizer_to_json): one object, all fields present, no others.
 //
@@ -98,7 +100,7 @@ struct Tokenizer {
 // Read the files of others: a file (sentencepiece tokenizer.model, tiktoken ranks, tokenizer.json, llama2.c
 // tokenizer.bin; told apart by content) or a folder that holds tokenizer.json, tokenizer.model or vocab.json + merges.txt,
 // with bos, eos, add_bos and chat_template from the *_config.json files beside them.  What cannot be done exactly is refused
-// by name.
+// by name.  A tokenizer.json alone does not tell eos: name its folder.
 Tokenizer tokenizer_import(const std::string &path);
 
 // The form kept in a model file, see the table above.  Reading checks every field; `where` names the file in errors.

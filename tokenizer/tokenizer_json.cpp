@@ -6,6 +6,7 @@
 #include "unicode.h"
 
 using nlohmann::json;
+using namespace formats;
 
 // ---------------------------------------------------------------------------------------------------- bytes as letters
 
@@ -24,13 +25,13 @@ struct ByteLetters {
 };
 static const ByteLetters byte_letters;
 
-std::string bytes_to_letters(std::string_view bytes) {
+std::string formats::bytes_to_letters(std::string_view bytes) {
     std::string out;
     for (const char b : bytes) utf8_append(out, byte_letters.letter[(uint8_t)b]);
     return out;
 }
 
-bool letters_to_bytes(std::string_view letters, std::string *bytes) {
+bool formats::letters_to_bytes(std::string_view letters, std::string *bytes) {
     bytes->clear();
     for (size_t i = 0; i < letters.size();) {
         int n;
@@ -58,7 +59,7 @@ static int json_depth(std::string_view text) {
     return deepest;
 }
 
-json parse_json(std::string_view text, const std::string &where) {
+json formats::parse_json(std::string_view text, const std::string &where) {
     const int depth = json_depth(text);
     if (depth > 100) fail("%s: expected JSON of at most 100 levels, found %d", where.c_str(), depth);
     try {
@@ -67,7 +68,7 @@ json parse_json(std::string_view text, const std::string &where) {
         fail("%s: expected JSON, found something else at byte %zu", where.c_str(), e.byte);
     }
 }
-std::string shown(std::string_view text) {
+std::string formats::shown(std::string_view text) {
     std::string out;
     for (size_t i = 0; i < text.size() && i < 60; i++) out += (uint8_t)text[i] < 0x20 || text[i] == 0x7f ? '?' : text[i];
     return text.size() > 60 ? out + "..." : out;
@@ -77,27 +78,27 @@ static void fail_type(const json &v, const char *field, const char *expected, co
     const std::string found = v.is_structured() ? v.type_name() : v.dump(-1, ' ', false, json::error_handler_t::replace);
     fail("%s: %s: expected %s, found %s", where.c_str(), field, expected, shown(found).c_str());
 }
-const json &json_field(const json &object, const char *field, const std::string &where) {
+const json &formats::json_field(const json &object, const char *field, const std::string &where) {
     if (!object.is_object()) fail_type(object, "top level", "an object", where);
     const auto it = object.find(field);
     if (it == object.end()) fail("%s: %s: expected this field, found none", where.c_str(), field);
     return *it;
 }
-std::string json_string(const json &v, const char *field, const std::string &where) {
+std::string formats::json_string(const json &v, const char *field, const std::string &where) {
     if (!v.is_string()) fail_type(v, field, "a string", where);
     return v.get<std::string>();
 }
-bool json_bool(const json &v, const char *field, const std::string &where) {
+bool formats::json_bool(const json &v, const char *field, const std::string &where) {
     if (!v.is_boolean()) fail_type(v, field, "true or false", where);
     return v.get<bool>();
 }
-int json_int(const json &v, const char *field, const std::string &where) {
+int formats::json_int(const json &v, const char *field, const std::string &where) {
     const bool small = v.is_number_unsigned() && v.get<uint64_t>() <= INT32_MAX;
     const bool negative = v.is_number_integer() && !v.is_number_unsigned() && v.get<int64_t>() >= INT32_MIN;
     if (!small && !negative) fail_type(v, field, "an integer of 32 bits", where);
     return v.get<int>();
 }
-const json &json_array(const json &v, const char *field, const std::string &where) {
+const json &formats::json_array(const json &v, const char *field, const std::string &where) {
     if (!v.is_array()) fail_type(v, field, "an array", where);
     return v;
 }
