@@ -1,4 +1,5 @@
 // main.cpp - options in, a mode out: the only file that prints usage and the only one that catches errors.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include "device.h"
 #include "files.h"
 #include "generate.h"
+#include "needle.h"
 #include "perplexity.h"
 
 static const char usage[] =
@@ -29,10 +31,15 @@ static const char usage[] =
     "          --prefill M      coded (default): a row reads sealed blocks as codes; exact: the rows of a prompt read it in fp16\n"
     "          --sink N         the first N tokens stay fp16 (a multiple of 64)\n"
     "          --recent N       so do the N tokens behind the open block\n"
+    "          --ablate LIST    leave out steps of NSN, for study: first-norm,shift,hadamard,pre-rope,scale\n"
     "machine   -d cpu|cuda      device (default cpu)        -t N   threads (default all)\n"
     "--ppl     -b N             sequences at once (default 4; changes the speed, not the result)\n"
     "          --stride N       tokens a window advances (default: windows do not overlap)\n"
     "          --no-bos         no BOS token before each window         --windows N   only the first N\n"
+    "          --against F      a second cache beside it, of format F: KL divergence, difference of PPL, same top token\n"
+    "          --by-position    figures by position in the window\n"
+    "          --decode         one token at a time, held against coded prefill\n"
+    "          --needle         find a pass key inside sealed blocks: --windows N trials (default 20), -s seed\n"
     "--bench   -d 0,4096        depths: tokens in the cache when decoding starts     -b N   sequences\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
     "          --json           figures of --ppl and --bench as JSON\n"
@@ -66,6 +73,27 @@ static bool looks_like_number(const std::string &s) {
     char *end;
     strtod(s.c_str(), &end);
     return !s.empty() && !*end && s.find('.') != std::string::npos;
+}
+
+static unsigned ablation_flags(const std::string &option, const std::string &list) {
+    unsigned flags = 0;
+    for (size_t at = 0; at <= list.size(); at = std::min(list.find(',', at), list.size()) + 1) {
+        const std::string word = list.substr(at, list.find(',', at) - at);
+        const Ablation *found = std::find_if(std::begin(ABLATIONS), std::end(ABLATIONS), [&](const Ablation &a) { return a.name == word; });
+        if (found == std::end(ABLATIONS)) refuse("%s '%s': expected words of first-norm,shift,hadamard,pre-rope,scale", option.c_str(), word.c_str());
+        flags |= found->flag;
+    }
+    return flags;
+}
+
+// What cannot be asked for together.
+static void check_measuring(const Options &o) {
+    const bool with_file = !o.ppl_file.empty();
+    if (!with_file && (o.has_against || o.by_position || o.decode || o.needle)) refuse("--against, --by-position, --decode and --needle need --ppl FILE");
+    if (o.needle && (o.by_position || o.decode || o.stride)) refuse("--needle: --by-position, --decode and --stride have no meaning for it");
+    if (o.decode && o.kv.exact_prefill) refuse("--decode: a token at a time reads sealed blocks as codes; only --prefill coded can agree with it");
+    auto is_nsn = [](KvFormat f) { return strncmp(kv_format_name(f), "nsn", 3) == 0; };
+    if (o.kv.ablate && !is_nsn(o.kv.k_format) && !is_nsn(o.kv.v_format)) refuse("--ablate: --kv %s has no steps to leave out; it needs an nsn format", kv_format_name(o.kv.k_format));
 }
 
 static Options parse(int argc, char **argv) {
@@ -125,7 +153,12 @@ static Options parse(int argc, char **argv) {
             }
             else refuse("-d '%s': expected cpu, cuda, or depths such as 0,4096 with --bench", text.c_str());
         }
+        else if (a == "--ablate") o.kv.ablate = ablation_flags(a, value(a));
         else if (a == "--ppl") o.ppl_file = value(a);
+        else if (a == "--against") o.has_against = true, o.against = kv_format_from_name(value(a));
+        else if (a == "--by-position") o.by_position = true;
+        else if (a == "--decode") o.decode = true;
+        else if (a == "--needle") o.needle = true;
         else if (a == "-b") o.batch = integer(a, value(a), 1, 1 << 16);
         else if (a == "--stride") o.stride = integer(a, value(a), 1);
         else if (a == "--no-bos") o.ppl_bos = false;
@@ -144,6 +177,7 @@ static Options parse(int argc, char **argv) {
     if (o.bench + !o.ppl_file.empty() + o.has_prompt > 1) refuse("only one of a prompt, --ppl and --bench can be given");
     if (!o.bench && o.ppl_file.empty() && !o.has_prompt) refuse("nothing to do: give -p TEXT, -f FILE, --ppl FILE or --bench (run --help)");
     if (o.has_prompt && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
+    check_measuring(o);
     if (o.bench && tokens_given) o.bench_tokens = std::max(1, o.n_predict);
     return o;
 }
@@ -156,6 +190,7 @@ int main(int argc, char **argv) {
         Model m = model_open(o.model);
         model_upload(m, *ops);
         if (o.bench) bench(m, *ops, o);
+        else if (o.needle) needle(m, *ops, o);
         else if (!o.ppl_file.empty()) perplexity(m, *ops, o);
         else generate(m, *ops, o);
         return 0;

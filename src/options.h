@@ -5,6 +5,10 @@
 #include "kv_cache.h"
 #include "sampler.h"
 
+// Words of --ablate.
+struct Ablation { const char *name; unsigned flag; };
+constexpr Ablation ABLATIONS[] = {{"first-norm", NO_FIRST_NORM}, {"shift", NO_SHIFT}, {"hadamard", NO_HADAMARD}, {"pre-rope", NO_PRE_ROPE}, {"scale", NO_SCALE}};
+
 struct Options {
     std::string model;
     // text
@@ -26,6 +30,9 @@ struct Options {
     int stride = 0;                  // --stride; 0 disjoint windows
     bool ppl_bos = true;             // --no-bos
     int max_windows = 0;             // --windows; 0 all
+    bool has_against = false;
+    KvFormat against = KvFormat::f16;    // --against, for keys and values
+    bool by_position = false, decode = false, needle = false;
     bool bench = false;
     std::vector<int> depths = {0};   // --bench -d
     int bench_prompt = 512, bench_tokens = 64;    // --bench -p, -n

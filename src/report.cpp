@@ -10,19 +10,29 @@ double seconds_running() { return seconds_since(program_start); }
 
 static double mib(int64_t bytes) { return bytes / 1048576.0; }
 
-void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet) {
-    const int64_t cache = kv_cache_bytes(m.config, kv, slots, context), activations = activations_bytes(ops, m.config, rows, rows_out);
+std::string kv_pair_name(const KvOptions &kv) { return std::string(kv_format_name(kv.k_format)) + "/" + kv_format_name(kv.v_format); }
+double kv_pair_bits(const KvOptions &kv, const Config &c) { return (kv_bits(kv.k_format, c.head_dim) + kv_bits(kv.v_format, c.head_dim)) / 2; }
+
+void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet,
+                     const KvOptions *against) {
+    auto caches_bytes = [&](int tokens) {
+        return kv_cache_bytes(m.config, kv, slots, tokens) + (against ? kv_cache_bytes(m.config, *against, slots, tokens) : 0);
+    };
+    const int64_t caches = caches_bytes(context), activations = activations_bytes(ops, m.config, rows, rows_out);
     const int64_t available = ops.available();
-    if (available >= 0 && cache + activations > available) {
+    if (available >= 0 && caches + activations > available) {
         int fits = context;
-        while (fits > KV_BLOCK && kv_cache_bytes(m.config, kv, slots, fits) + activations > available) fits /= 2;
-        fail("memory: %.0f MiB needed (cache %.0f for %d x %d tokens, activations %.0f), %.0f MiB available; -c %d would fit", mib(cache + activations),
-             mib(cache), slots, context, mib(activations), mib(available), fits);
+        while (fits > KV_BLOCK && caches_bytes(fits) + activations > available) fits /= 2;
+        fail("memory: %.0f MiB needed (cache %.0f for %d x %d tokens, activations %.0f), %.0f MiB available; -c %d would fit", mib(caches + activations),
+             mib(caches), slots, context, mib(activations), mib(available), fits);
     }
-    if (!quiet)
-        fprintf(stderr, "memory: weights %.1f MiB (%s), cache %.1f MiB (%d x %d tokens, K %s, V %s, %.3f bits a value), activations %.1f MiB\n",
-                mib(m.weights_bytes), m.memory ? ops.name : "mapped", mib(cache), slots, context, kv_format_name(kv.k_format), kv_format_name(kv.v_format),
-                (kv_bits(kv.k_format, m.config.head_dim) + kv_bits(kv.v_format, m.config.head_dim)) / 2, mib(activations));
+    if (quiet) return;
+    fprintf(stderr, "memory: weights %.1f MiB (%s)", mib(m.weights_bytes), m.memory ? ops.name : "mapped");
+    for (const KvOptions *o : {&kv, against})
+        if (o)
+            fprintf(stderr, ", cache %.1f MiB (%d x %d tokens, K %s, V %s, %.3f bits a value)", mib(kv_cache_bytes(m.config, *o, slots, context)), slots,
+                    context, kv_format_name(o->k_format), kv_format_name(o->v_format), kv_pair_bits(*o, m.config));
+    fprintf(stderr, ", activations %.1f MiB\n", mib(activations));
 }
 
 int64_t step_bytes(const Model &m, const KvView &kv, int slots, int pos) {
@@ -57,7 +67,7 @@ void print_closing(const Closing &r, const Model &m, const KvCache &cache, const
         {"gb_s", rounded(gb_s)},
         {"read_gb_s", rounded(bandwidth)},
         {"share", rounded(gb_s / bandwidth)},
-        {"kv", std::string(kv_format_name(kv.k_format)) + "/" + kv_format_name(kv.v_format)},
+        {"kv", kv_pair_name(kv)},
         {"kv_bytes_per_token", rounded(kv_bytes_per_token(c, kv))},
         {"weights_bytes", m.weights_bytes},
         {"activations_bytes", a.bytes},

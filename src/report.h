@@ -10,8 +10,13 @@ inline double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 // Fails when the device has less memory available than cache and activations will take, and says what would fit.
-// Otherwise tells stderr what is about to be allocated, unless quiet.
-void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet);
+// Otherwise tells stderr what is about to be allocated, unless quiet.  `against` is a second cache of the same shape.
+void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet,
+                     const KvOptions *against = nullptr);
+
+// A format pair as figures name it, "nsn2/f16", keys first; and its bits a value.
+std::string kv_pair_name(const KvOptions &kv);
+double kv_pair_bits(const KvOptions &kv, const Config &c);
 
 // Bytes a decode step of `slots` sequences at position pos must read: weights once, the cache of every sequence.
 int64_t step_bytes(const Model &m, const KvView &kv, int slots, int pos);
