@@ -16,7 +16,7 @@ static const std::string SHARED = "../shared/";
 static bool shared_is_here(const char *what) {
     struct stat s;
     if (stat((SHARED + "tokenizers").c_str(), &s) == 0) return true;
-    MESSAGE("SKIPPED: ", what, ": no folder ", SHARED);
+    MESSAGE("SKIPPED: ", std::string(what), ": no folder ", SHARED);
     return false;
 }
 
@@ -29,7 +29,7 @@ static std::string slurp(const std::string &path) {
 
 namespace {
 struct Source {
-    const char *path, *kind;
+    std::string path, kind;
     int vocab, bos;
     std::vector<int> eos;
     bool add_bos, has_chat;
@@ -191,7 +191,7 @@ TEST_CASE("tokenizer: UTF-8 and composition") {
                           {"\xff", -1},
                           {"\xe2x", -1},
                           {"\xe2\x82x", -1}})
-        CHECK_MESSAGE(utf8_length(c.bytes) == c.length, c.bytes);
+        CHECK_MESSAGE(utf8_length(c.bytes) == c.length, std::string(c.bytes));
     CHECK(normalize_nfc("e\u0301") == "\u00e9");
     CHECK(normalize_nfc("a\u0323\u0302") == "\u1ead");         // in two steps
     CHECK(normalize_nfc("a\u0302\u0323") == "\u1ead");         // sorted first: below before above
@@ -242,7 +242,7 @@ TEST_CASE("tokenizer: every source is read, and its JSON form is the same tokeni
     for (const Source &s : SOURCES) {
         INFO(s.path);
         const Tokenizer &t = source(s.path);
-        CHECK(std::string(tokenizer_kind(t)) == s.kind);
+        CHECK(tokenizer_kind(t) == s.kind);
         CHECK(tokenizer_vocab(t) == s.vocab);
         CHECK(t.bos == s.bos);
         CHECK(t.eos == s.eos);
@@ -310,7 +310,7 @@ TEST_CASE("tokenizer: every corpus comes back") {
             const Tokenizer &t = source(s.path);
             if (t.squeeze_spaces) continue;    // runs of spaces do not come back from this one
             const std::vector<int> ids = tokenizer_encode(t, text, false);
-            CHECK_MESSAGE(tokenizer_decode(t, ids) == text, s.path, " ", name);
+            CHECK_MESSAGE(tokenizer_decode(t, ids) == text, s.path, " ", std::string(name));
             CHECK(ids.size() < text.size());
         }
     }
@@ -395,16 +395,16 @@ TEST_CASE("tokenizer: no input is slow") {
         return out;
     };
     const size_t n = SANITIZED ? 50000 : 1000000;
-    for (const char *path : {"tokenizers/llama2/tokenizer.model", "tokenizers/llama3", "tokenizers/qwen2.5"}) {
+    for (const std::string path : {"tokenizers/llama2/tokenizer.model", "tokenizers/llama3", "tokenizers/qwen2.5"}) {
         const Tokenizer &t = source(path);
-        for (const char *unit : {"a", " ", "\n", "ab", "\u00e9", "e\u0301\u0323", "7", "<|im_start|", "\xff", "=-"}) {
-            const bool long_one = strlen(unit) == 1;
+        for (const std::string unit : {"a", " ", "\n", "ab", "\u00e9", "e\u0301\u0323", "7", "<|im_start|", "\xff", "=-"}) {
+            const bool long_one = unit.size() == 1;
             const std::string text = repeat(unit, long_one ? n : n / 8);
             const auto start = std::chrono::steady_clock::now();
             const std::vector<int> ids = tokenizer_encode(t, text, true);
             const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
             CHECK_MESSAGE(seconds < 5, path, " ", unit);
-            if (*unit == '\xff') continue;
+            if (unit == "\xff") continue;
             CHECK_MESSAGE(tokenizer_decode(t, ids) == (t.nfc ? normalize_nfc(text) : text), path, " ", unit);
         }
     }

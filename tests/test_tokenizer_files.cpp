@@ -44,7 +44,7 @@ static json small_json() {
 TEST_CASE("tokenizer files: the JSON of a model file, field by field") {
     CHECK_NOTHROW(tokenizer_from_json(small_json().dump(), "x"));
     struct Case {
-        const char *what;
+        std::string what;
         JsonEdit edit;
         const char *part;
     };
@@ -168,7 +168,7 @@ TEST_CASE("tokenizer files: sentencepiece models") {
     CHECK(tokenizer_encode(tokenizer_import(path), "aa", false) == std::vector<int>{259, 261});
 
     struct Case {
-        const char *what;
+        std::string what;
         std::function<void(SpmFile &)> edit;
         const char *part;
         int code;
@@ -258,7 +258,7 @@ TEST_CASE("tokenizer files: llama2.c and tiktoken") {
     CHECK(outcome(whole).line == "");
     CHECK(tokenizer_piece(tokenizer_import(path), 1) == "<s>");
     struct Case {
-        const char *what;
+        std::string what;
         std::string bytes;
         const char *part;
         int code;
@@ -315,7 +315,7 @@ TEST_CASE("tokenizer files: tokenizer.json") {
     CHECK(outcome(hf_json().dump()).line == "");
     CHECK(tokenizer_encode(tokenizer_import(path), "ab<s>b", true) == std::vector<int>{2, 3, 1});
     struct Case {
-        const char *what;
+        std::string what;
         JsonEdit edit;
         const char *part;
         int code;
@@ -406,7 +406,7 @@ TEST_CASE("tokenizer files: the configs of a folder") {
           {"special_tokens_map.json", R"({"added_tokens_decoder": {"x": {}}})", "expected an id, found \"x\""},
           {"merges.txt", "a b\nc\n", "merges: entry 1: expected two pieces"},
           {"merges.txt", "a c\n", "\"c\" is not in the vocabulary"}}) {
-        INFO(c.text);
+        INFO(std::string(c.text));
         const std::string before = contains(c.file, "merges") ? "a b\n" : "{}";
         write_file(path + c.file, c.text);
         check_outcome(outcome_of([&] { tokenizer_import(path); }), path, c.part, 1);
