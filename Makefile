@@ -4,6 +4,7 @@
 # make bench       speed against what this machine allows, on the bundled model
 # make clean
 # CUDA=0 CPU only      ARCH=sm_90 one GPU architecture      DEBUG=1 ASan and UBSan      INC=DIR more header folders
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 NVCC  := $(shell which nvcc 2>/dev/null)
 CUDA  ?= $(if $(NVCC),1,0)
 ARCH  ?= $(if $(shell which nvidia-smi 2>/dev/null),native,sm_90)
@@ -64,7 +65,7 @@ headers:
 	@sh tools/need_headers.sh "$(CXX)" "$(INC:%=-I%)"
 
 demo: all
-	./run tests/models/books-5m.bin -p "Once upon a time, there was a little" -n 200 --temp 0.8 --top-p 0.95 -s 1
+	./run tests/models/books-5m.bin -p "Once upon a time, there was a little girl who" -n 110 --temp 0.6 --top-p 0.9 --min-p 0.05 -s 7
 
 test: all $(BUILD)/test
 	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
