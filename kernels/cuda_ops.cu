@@ -1,9 +1,171 @@
-// cuda_ops - the GPU's value of the op table.
+/* cuda_ops - the GPU's value of the op table: the device, its memory, the rows of a step.
+
+   Device    The first one that CUDA lists (CUDA_VISIBLE_DEVICES chooses).  cuda_ops() gives null and the reason when this
+             program was built without CUDA, when the driver finds no device, or when the device cannot run our kernels.
+   Memory    alloc takes from the device and says what was asked, free and there in all when it fails.
+   A step    begin() copies the row arrays to the scratch, with what the kernels would otherwise have to search for: the rows of
+             each slot, and row tiles (up to KV_BLOCK rows of one slot in one block of positions).
+   Scratch   [ (token slot pos first last_pos out) | slots | tiles | work ]   int32 arrays of N each, slots and tiles 2 N;
+             work is what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
+   Tested by tests/test_cuda.cpp                                                                                     */
+#include <string>
+#include <vector>
 #include "ops.h"
 
 #ifndef __CUDACC__
+#if !WITH_CUDA
 const Ops *cuda_ops(std::string *why_not) {
     *why_not = "this program was built without CUDA (make CUDA=1 needs nvcc)";
     return nullptr;
+}
+#endif
+#else
+#include <algorithm>
+#include "cuda.cuh"
+
+namespace cuda {
+
+cudaStream_t stream;
+Step step;
+
+// ---- memory ---------------------------------------------------------------------------------------------
+static int64_t available() {
+    size_t free, total;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return (int64_t)free;
+}
+
+static void *alloc(size_t bytes) {
+    void *p = nullptr;
+    const cudaError_t error = cudaMalloc(&p, std::max<size_t>(bytes, 1));
+    if (error == cudaSuccess) return p;
+    cudaGetLastError();    // the next check shall not see this one
+    size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    fail("GPU memory: %.1f MiB could not be allocated (%s): %.1f MiB of %.1f are free; a smaller -c or -b needs less", bytes / 1048576.0,
+         cudaGetErrorString(error), free / 1048576.0, total / 1048576.0);
+}
+
+static void release(void *p) { cudaFree(p); }    // waits for the work before it; a destructor may call it, so it never throws
+
+static void upload(void *to, const void *host, size_t bytes) { CUDA_CHECK(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream)); }
+
+static void download(void *host, const void *from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+// ---- read bandwidth -------------------------------------------------------------------------------------
+// The xor of everything, so that no load can be left out; 4 x 16 bytes in flight a thread.
+__global__ void __launch_bounds__(512) read_kernel(const uint4 *p, int64_t n, unsigned *sum) {
+    const int64_t stride = (int64_t)gridDim.x * blockDim.x;
+    unsigned x = 0;
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    for (; i + 3 * stride < n; i += 4 * stride) {
+        uint4 v[4];
+        for (int j = 0; j < 4; j++) v[j] = __ldcs(p + i + j * stride);
+        for (int j = 0; j < 4; j++) x ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+    for (; i < n; i += stride) x ^= p[i].x ^ p[i].y ^ p[i].z ^ p[i].w;
+    for (int o = 16; o > 0; o /= 2) x ^= __shfl_xor_sync(~0u, x, o);
+    if (threadIdx.x % 32 == 0) atomicXor(sum, x);    // any order gives the same
+}
+
+static double read_gb_s(const void *p, int64_t bytes, int times) {
+    int sms;
+    CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+    cudaEvent_t start, stop;
+    CUDA_CHECK(cudaEventCreate(&start));
+    CUDA_CHECK(cudaEventCreate(&stop));
+    unsigned *sum = (unsigned *)alloc(sizeof *sum);
+    CUDA_CHECK(cudaMemsetAsync(sum, 0, sizeof *sum, stream));
+    double best = 0;
+    for (int i = 0; i < times + 1; i++) {    // the first is not timed: it loads the kernel
+        CUDA_CHECK(cudaEventRecord(start, stream));
+        read_kernel<<<2 * sms, 512, 0, stream>>>((const uint4 *)p, bytes / 16, sum);
+        CUDA_CHECK(cudaGetLastError());
+        CUDA_CHECK(cudaEventRecord(stop, stream));
+        CUDA_CHECK(cudaEventSynchronize(stop));
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+        if (i > 0) best = std::max(best, bytes / 16 * 16 / (ms * 1e6));
+    }
+    release(sum);
+    cudaEventDestroy(start), cudaEventDestroy(stop);
+    return best;
+}
+
+// ---- a step -----------------------------------------------------------------------------------------------
+constexpr int ROW_INTS = 10;    // of a row, in the arrays below
+
+static int64_t rows_bytes(int64_t N) { return ceil_div(N * ROW_INTS * (int64_t)sizeof(int), 256) * 256; }
+
+static int64_t scratch_bytes(const StepShape &shape) {
+    return rows_bytes(shape.N) + std::max(attention_work_bytes(shape), matmul_work_bytes(shape));
+}
+
+static Batch begin(const Batch &host, void *scratch) {
+    const int N = host.N;
+    step.pos.assign(host.pos, host.pos + N);
+    step.slots.clear(), step.tiles.clear();
+    for (int n = 0; n < N; n++) {
+        if (host.first[n] == n) step.slots.push_back({n, 0});
+        step.slots.back().rows++;
+        if (host.first[n] == n || host.pos[n] % KV_BLOCK == 0) step.tiles.push_back({n, 0});
+        step.tiles.back().rows++;
+    }
+    static std::vector<int> ints;    // kept between steps: nothing is allocated per token
+    ints.assign((size_t)N * ROW_INTS, 0);
+    int *at = ints.data(), *const to = (int *)scratch;
+    auto put = [&](const void *from, int n, int room) {
+        memcpy(at, from, n * sizeof(int));
+        at += room;
+        return to + (at - ints.data()) - room;
+    };
+    step.on_device = {N, put(host.token, N, N), put(host.slot, N, N), put(host.pos, N, N), put(host.first, N, N), host.n_out, nullptr};
+    int *last = at;
+    for (const SlotRows &s : step.slots) std::fill(last + s.row, last + s.row + s.rows, host.pos[s.row + s.rows - 1]);
+    step.on_last_pos = put(last, N, N);
+    step.on_device.out = put(host.out, host.n_out, N);
+    step.on_slots = (const SlotRows *)put(step.slots.data(), 2 * (int)step.slots.size(), 2 * N);
+    step.on_tiles = (const RowTile *)put(step.tiles.data(), 2 * (int)step.tiles.size(), 2 * N);
+    step.work = (uint8_t *)scratch + rows_bytes(N);
+    upload(scratch, ints.data(), ints.size() * sizeof(int));
+    return step.on_device;
+}
+
+const Step &step_of(const Batch &b) {
+    if (b.pos != step.on_device.pos || b.N != step.on_device.N) fail("cuda: an op was called with rows that begin() did not give");
+    return step;
+}
+}    // namespace cuda
+
+// ---- the table ----------------------------------------------------------------------------------------------
+__global__ void nothing_kernel() {}
+
+const Ops *cuda_ops(std::string *why_not) {
+    using namespace cuda;
+    static const Ops ops = {
+        "cuda",      alloc,      release,   upload,  download,  available,  read_gb_s,   scratch_bytes, begin,
+        embed,       gather,     rmsnorm,   matmul,  rope,      kv_write,   attention,   kv_keep,       swiglu, add,
+    };
+    if (stream) return &ops;
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0) {
+        *why_not = strf("no usable device: %s", error != cudaSuccess ? cudaGetErrorString(error) : "the driver lists none");
+        return nullptr;
+    }
+    cudaDeviceProp device;
+    CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
+    cudaFuncAttributes attributes;
+    error = cudaFuncGetAttributes(&attributes, nothing_kernel);    // is there machine code for this device?
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess) {
+        *why_not = strf("%s (compute capability %d.%d): %s", device.name, device.major, device.minor, cudaGetErrorString(error));
+        stream = nullptr;
+        return nullptr;
+    }
+    return &ops;
 }
 #endif

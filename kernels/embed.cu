@@ -5,7 +5,7 @@
 
    Cost      reads and writes each row once: at most 16 KiB a row for D = 4096, nothing beside the layers.
    Limits    0 <= token[n] < V is the caller's promise (generate and perplexity only make ids of the tokenizer).
-   Tested by tests/test_ops.cpp                                                                                  */
+   Tested by tests/test_ops.cpp, tests/test_cuda.cpp                                                             */
 #include <cstring>
 #include "ops.h"
 
@@ -30,4 +30,29 @@ void gather(float *y, const float *x, const int *row, int n_rows, int D) {
     for (int i = 0; i < n_rows; i++) memcpy(y + (int64_t)i * D, x + (int64_t)row[i] * D, D * sizeof(float));
 }
 }    // namespace cpu
+
+// ---- CUDA: one thread block a row ---------------------------------------------------------------------
+#else
+#include "cuda.cuh"
+namespace cuda {
+
+template <class T> __global__ void embed_kernel(float *x, const T *table, const int *token, int D) {
+    const int n = blockIdx.x;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) x[(int64_t)n * D + i] = to_f32(table[(int64_t)token[n] * D + i]);
+}
+
+void embed(float *x, Matrix table, const Batch &b, int D) {
+    switch (table.type) {
+    case DType::f32: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const float *)table.data, b.token, D); break;
+    case DType::f16: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const f16 *)table.data, b.token, D); break;
+    case DType::bf16: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const bf16 *)table.data, b.token, D); break;
+    }
+    CUDA_CHECK(cudaGetLastError());
+}
+
+void gather(float *y, const float *x, const int *row, int n_rows, int D) {
+    embed_kernel<<<n_rows, 256, 0, stream>>>(y, x, row, D);    // the same, from a table of activations
+    CUDA_CHECK(cudaGetLastError());
+}
+}    // namespace cuda
 #endif

@@ -113,4 +113,42 @@ void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const 
     }
 }
 }    // namespace cpu
+
+// ---- CUDA: one thread an element; kv_seal.cu seals ------------------------------------------------------
+#else
+#include "cuda.cuh"
+namespace cuda {
+
+__global__ void round_kernel(f16 *k16, f16 *v16, const float *k, const float *v, int64_t n) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) k16[i] = to_f16(k[i]), v16[i] = to_f16(v[i]);
+}
+
+void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b) {
+    const Step &step = step_of(b);
+    const int64_t values = (int64_t)b.N * kv.Hkv * kv.d;
+    round_kernel<<<ceil_div(values, 256), 256, 0, stream>>>(k16, v16, k, v, values);
+    CUDA_CHECK(cudaGetLastError());
+    int n = 0;    // blocks to seal, of the slot with most
+    for (const SlotRows &s : step.slots) n = std::max(n, kv.coded_end(step.pos[s.row + s.rows - 1]) - kv.coded_end(step.pos[s.row] - 1));
+    if (n > 0) seal_blocks(kv, layer, k16, v16, step, n);
+}
+
+// One thread block a row.
+__global__ void keep_kernel(KvView kv, int layer, const f16 *k16, const f16 *v16, Batch b, const int *last_pos) {
+    const int n = blockIdx.x, d = kv.d, i = b.pos[n] / KV_BLOCK;
+    if (i >= kv.sink && i < kv.coded_end(last_pos[n])) return;
+    for (int c = threadIdx.x; c < kv.Hkv * d; c += blockDim.x) {
+        const int64_t ring = kv.exact_at(layer, b.slot[n], c / d, i) + (int64_t)(b.pos[n] % KV_BLOCK) * d + c % d;
+        const int64_t row = (int64_t)n * kv.Hkv * d + c;
+        kv.k_exact[ring] = k16[row];
+        kv.v_exact[ring] = v16[row];
+    }
+}
+
+void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b) {
+    keep_kernel<<<b.N, 256, 0, stream>>>(kv, layer, k16, v16, b, step_of(b).on_last_pos);
+    CUDA_CHECK(cudaGetLastError());
+}
+}    // namespace cuda
 #endif

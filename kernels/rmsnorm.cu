@@ -5,7 +5,7 @@
    Source    Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467), section 3.
    Cost      reads x twice (the second time from the cache), writes y: 12 D bytes a row.
    Precision the squares are added in f64: D of up to 2^17 terms in f32 would lose 2-3 digits.
-   Tested by tests/test_ops.cpp                                                                                  */
+   Tested by tests/test_ops.cpp, tests/test_cuda.cpp                                                             */
 #include <cmath>
 #include "ops.h"
 
@@ -27,4 +27,31 @@ void rmsnorm(float *y, const float *x, const float *w, float eps, int N, int D) 
     }
 }
 }    // namespace cpu
+
+// ---- CUDA: one thread block a row ---------------------------------------------------------------------
+#else
+#include "cuda.cuh"
+namespace cuda {
+
+constexpr int NORM_THREADS = 256;
+
+__global__ void __launch_bounds__(NORM_THREADS) rmsnorm_kernel(float *y, const float *x, const float *w, float eps, int D) {
+    x += (int64_t)blockIdx.x * D, y += (int64_t)blockIdx.x * D;
+    double sum = 0;
+    for (int i = threadIdx.x; i < D; i += NORM_THREADS) sum += (double)x[i] * x[i];
+    __shared__ double warps[NORM_THREADS / 32];
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    double total = 0;
+    for (double s : warps) total += s;
+    const float scale = (float)(1.0 / sqrt(total / D + eps));
+    for (int i = threadIdx.x; i < D; i += NORM_THREADS) y[i] = w[i] * (x[i] * scale);
+}
+
+void rmsnorm(float *y, const float *x, const float *w, float eps, int N, int D) {
+    rmsnorm_kernel<<<N, NORM_THREADS, 0, stream>>>(y, x, w, eps, D);
+    CUDA_CHECK(cudaGetLastError());
+}
+}    // namespace cuda
 #endif

@@ -7,7 +7,7 @@
 
    Source    Su et al., RoFormer (arXiv 2104.09864), section 3.2.2; freq: model.h.
    Cost      reads and writes q once.  Queries only: the cache keeps keys before RoPE (kv_block.h).
-   Tested by tests/test_ops.cpp                                                                                  */
+   Tested by tests/test_ops.cpp, tests/test_cuda.cpp                                                             */
 #include "kv_block.h"
 
 // ---- reference: the CPU backend -----------------------------------------------------------------------
@@ -30,4 +30,28 @@ void rope(float *q, const Batch &b, RopeTable table, int H, int d) {
         }
 }
 }    // namespace cpu
+
+// ---- CUDA: one thread block a row, a thread turns pairs -------------------------------------------------
+#else
+#include "cuda.cuh"
+namespace cuda {
+
+__global__ void rope_kernel(float *q, const int *pos, RopeTable table, int H, int d) {
+    const int n = blockIdx.x, half = d / 2;
+    for (int i = threadIdx.x; i < H * half; i += blockDim.x) {
+        const int h = i / half, j = i % half;
+        float c, s;
+        rope_angle(c, s, table, pos[n], j, d);
+        float *x = q + ((int64_t)n * H + h) * d;
+        const float lo = x[j], hi = x[j + half];
+        x[j] = lo * c - hi * s;
+        x[j + half] = lo * s + hi * c;
+    }
+}
+
+void rope(float *q, const Batch &b, RopeTable table, int H, int d) {
+    rope_kernel<<<b.N, 256, 0, stream>>>(q, b.pos, table, H, d);
+    CUDA_CHECK(cudaGetLastError());
+}
+}    // namespace cuda
 #endif
