@@ -202,6 +202,15 @@ static void load_nsn(Tile &tile, const NsnFields &f, const int8_t *codebook, flo
 template <class Nsn> static void load_block(Tile &tile, Nsn nsn, const typename Nsn::Block &b, const int8_t *codebook, unsigned ablate, int stride) {
     load_nsn(tile, nsn_fields(nsn, const_cast<typename Nsn::Block &>(b)), codebook, Nsn::delta, ablate, stride);
 }
+static void load_scalars(Tile &tile, const ScalarFields &f, unsigned ablate, int stride) {
+    tile.has_code = true, tile.has_plain = false, tile.rotated = f.rotated && !(ablate & NO_HADAMARD);
+    for (int t = 0; t < KV_BLOCK; t++)
+        for (int c = 0; c < f.d; c++) tile.code[t * stride + c] = f.at(t, c);
+}
+template <int D, int B, int T, int C, ScalarRule RULE, bool R>
+static void load_block(Tile &tile, Scalars<D, B, T, C, RULE, R> format, const typename Scalars<D, B, T, C, RULE, R>::Block &b, const int8_t *, unsigned ablate, int stride) {
+    load_scalars(tile, format.fields(const_cast<typename Scalars<D, B, T, C, RULE, R>::Block &>(b)), ablate, stride);
+}
 static void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, const int8_t *codebook, unsigned ablate, int d, int stride) {
     with_format(format, d, [&](auto f) { load_block(tile, f, *(const typename decltype(f)::Block *)block, codebook, ablate, stride); });
 }

@@ -37,7 +37,13 @@
 constexpr int KV_BLOCK = 64;           // tokens that share one NSN mean, and one sealing
 constexpr int MAX_HEAD_DIM = 256;
 
-enum class KvFormat : uint8_t { f16, nsn1, nsn2, nsn2b, nsn4b, count };
+enum class KvFormat : uint8_t {
+    f16, nsn1, nsn2, nsn2b, nsn4b, kivi2, q8, q4, tq2,
+    count,           // of the names; below: what a name means for values where keys are kept otherwise
+    kivi2_values,
+};
+constexpr bool kv_has_cuda(KvFormat f) { return f < KvFormat::kivi2; }    // the yardsticks run on the CPU only
+constexpr KvFormat kv_side_format(KvFormat f, bool key) { return f == KvFormat::kivi2 && !key ? KvFormat::kivi2_values : f; }
 
 // Steps of NSN that can be switched off to see what they buy (--ablate); 0 is the method.
 enum KvAblate : unsigned { NO_FIRST_NORM = 1, NO_SHIFT = 2, NO_HADAMARD = 4, NO_PRE_ROPE = 8, NO_SCALE = 16 };
@@ -170,9 +176,11 @@ static_assert(sizeof(Nsn1<128>::Block) == 1268 && sizeof(Nsn2<128>::Block) == 22
 static_assert(sizeof(Nsn2b<128>::Block) == 2232 && sizeof(Nsn4b<128>::Block) == 4280, "NsnBytes::Block is not the table above");
 static_assert(sizeof(Nsn2<48>::Block) == 64 * 12 + 128 + 36 + 24 + 8 && sizeof(Nsn4b<8>::Block) == 64 * 4 + 68 + 36 + 4 + 4, "padding");
 
+#include "kv_baselines.h"    // kivi2, q8, q4, tq2
+
 // ---- the whole cache, as the kernels see it; owns nothing -------------------------------------------------
 struct KvView {
-    KvFormat k_format, v_format;
+    KvFormat k_format, v_format;             // of kv_side_format
     int64_t k_block_bytes, v_block_bytes;    // sizeof(Block) for d
     int L, B, Hkv, d;
     int n_blocks;                  // sealed blocks that the pool holds, for each layer
@@ -223,6 +231,11 @@ template <int D, class Function> auto with_format_at(KvFormat format, Function f
     case KvFormat::nsn2: return f(Nsn2<D>{});
     case KvFormat::nsn2b: return f(Nsn2b<D>{});
     case KvFormat::nsn4b: return f(Nsn4b<D>{});
+    case KvFormat::kivi2: return f(Kivi2Keys<D>{});
+    case KvFormat::kivi2_values: return f(Kivi2Values<D>{});
+    case KvFormat::q8: return f(Q8<D>{});
+    case KvFormat::q4: return f(Q4<D>{});
+    case KvFormat::tq2: return f(Tq2<D>{});
     case KvFormat::count: break;
     }
     refuse("KV format %d: unknown", (int)format);

@@ -21,7 +21,7 @@ SealedFormat sealed_format(KvFormat format, int d) {
     SealedFormat f = {};
     with_format(format, d, [&](auto type) {
         using Format = decltype(type);
-        if constexpr (Format::has_code) {
+        if constexpr (Format::has_code && Format::has_plain) {    // NSN
             static_assert(sizeof(typename Format::Block) <= sizeof origin, "room for the largest block");
             f = {nsn_fields(type, *(typename Format::Block *)origin), origin, Format::delta};
         }

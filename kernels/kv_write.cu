@@ -16,13 +16,13 @@
 #include "kv_block.h"
 
 #ifndef __CUDACC__
-#include "nsn_seal.h"
+#include "scalar_seal.h"
 
 // ---- names and sizes ----------------------------------------------------------------------------------
-static const char *const format_names[] = {"f16", "nsn1", "nsn2", "nsn2b", "nsn4b"};
+static const char *const format_names[] = {"f16", "nsn1", "nsn2", "nsn2b", "nsn4b", "kivi2", "q8", "q4", "tq2"};
 static_assert(sizeof format_names / sizeof *format_names == (size_t)KvFormat::count, "one name a format");
 
-const char *kv_format_name(KvFormat f) { return format_names[(int)f]; }
+const char *kv_format_name(KvFormat f) { return format_names[(int)(f == KvFormat::kivi2_values ? KvFormat::kivi2 : f)]; }
 
 KvFormat kv_format_from_name(const std::string &name) {
     std::string known;
@@ -57,6 +57,11 @@ template <int D> static void seal(F16<D>, typename F16<D>::Block &block, const f
 template <class Nsn> static void seal(Nsn nsn, typename Nsn::Block &block, const f16 *rows, const SealPlace &place) {
     memset((void *)&block, 0, sizeof block);
     nsn_seal(nsn_fields(nsn, block), rows, place);
+}
+template <int D, int B, int T, int C, ScalarRule RULE, bool R>
+static void seal(Scalars<D, B, T, C, RULE, R> format, typename Scalars<D, B, T, C, RULE, R>::Block &block, const f16 *rows, const SealPlace &place) {
+    memset((void *)&block, 0, sizeof block);
+    scalar_seal(format.fields(block), rows, place);
 }
 
 void seal_block(KvFormat format, int d, uint8_t *block, const f16 *rows, const SealPlace &place) {

@@ -1,6 +1,7 @@
 #include "kv_cache.h"
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 KvCache::~KvCache() {
     for (void *p : memory) ops->release(p);
@@ -10,8 +11,8 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     if (o.sink % KV_BLOCK || o.recent % KV_BLOCK || o.sink < 0 || o.recent < 0)
         refuse("--sink %d --recent %d: both must be multiples of %d", o.sink, o.recent, KV_BLOCK);
     KvView v{};
-    v.k_format = o.k_format, v.v_format = o.v_format;
-    v.k_block_bytes = kv_block_bytes(o.k_format, c.head_dim), v.v_block_bytes = kv_block_bytes(o.v_format, c.head_dim);
+    v.k_format = kv_side_format(o.k_format, true), v.v_format = kv_side_format(o.v_format, false);
+    v.k_block_bytes = kv_block_bytes(v.k_format, c.head_dim), v.v_block_bytes = kv_block_bytes(v.v_format, c.head_dim);
     v.L = c.n_layers, v.B = slots, v.Hkv = c.n_kv_heads, v.d = c.head_dim;
     v.max_blocks = (int)ceil_div(context, KV_BLOCK);
     v.sink = std::min(o.sink / KV_BLOCK, v.max_blocks), v.recent = std::min(o.recent / KV_BLOCK, v.max_blocks);
@@ -47,6 +48,8 @@ double kv_bytes_per_token(const Config &c, const KvOptions &o) {
 void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOptions &o, int slots, int context) {
     KvView v = shape_of(c, o, slots, context);
     const Sizes s = sizes_of(v);
+    for (KvFormat f : {v.k_format, v.v_format})
+        if (!kv_has_cuda(f) && strcmp(ops.name, cpu_ops.name) != 0) refuse("--kv %s: the %s backend has no kernels for it; use -d cpu", kv_format_name(f), ops.name);
     cache.ops = &ops;
     cache.context = context;
     auto take = [&](int64_t bytes) {
