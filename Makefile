@@ -1,5 +1,5 @@
 # make demo        install what is missing, build, tell a story with the bundled model
-# make             ./run and build/{convert,show,random_model,make_codebook}; with CUDA if nvcc is on the PATH, else CPU only
+# make             ./run and build/{convert,show,random_model,make_codebook,plot}; with CUDA if nvcc is on the PATH, else CPU only
 # make test        build and run every test         make test T='attention*'    only the doctest cases of that name
 # make bench       speed against what this machine allows, on the bundled model
 # make clean
@@ -31,7 +31,7 @@ endif
 
 # A page of kernels/ holds a CPU half and a CUDA half: g++ compiles the first, nvcc the second.
 LIB   := $(filter-out src/main.cpp,$(wildcard src/*.cpp)) $(wildcard kernels/*.cpp kernels/*.cu tokenizer/*.cpp)
-TOOLS := convert show random_model make_codebook
+TOOLS := convert show random_model make_codebook plot
 TOOL_LIB := $(filter-out $(TOOLS:%=tools/%.cpp),$(wildcard tools/*.cpp))
 TESTS := $(filter-out tests/%_main.cpp,$(wildcard tests/*.cpp))
 obj    = $(1:%=$(BUILD)/%.o) $(if $(filter 1,$(CUDA)),$(patsubst %,$(BUILD)/%.cuda.o,$(filter %.cu,$(1))))

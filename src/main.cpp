@@ -39,7 +39,7 @@ static const char usage[] =
     "          --against F      a second cache beside it, of format F: KL divergence, difference of PPL, same top token\n"
     "          --by-position    figures by position in the window\n"
     "          --decode         one token at a time, held against coded prefill\n"
-    "          --needle         find a pass key inside sealed blocks: --windows N trials (default 20), -s seed\n"
+    "          --needle         find a name inside sealed blocks: --windows N trials (default 20), -s seed\n"
     "--bench   -d 0,4096        depths: tokens in the cache when decoding starts     -b N   sequences\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
     "          --json           figures of --ppl and --bench as JSON\n"
@@ -61,12 +61,13 @@ static double number(const std::string &name, const std::string &text, double mi
     return x;
 }
 static int integer(const std::string &name, const std::string &text, int min, int max = 1 << 30) {
-    const double x = number(name, text, min, max);
-    if (x != std::floor(x)) {
+    char *end;
+    const double x = strtod(text.c_str(), &end);
+    if (!text.empty() && !*end && x != std::floor(x)) {    // before the range: 0.8 is no thread count, but perhaps a temperature
         const char *hint = name == "-t" ? "; -t is threads, did you mean --temp?" : "";
         refuse("%s '%s': expected a whole number%s", name.c_str(), text.c_str(), hint);
     }
-    return (int)x;
+    return (int)number(name, text, min, max);
 }
 
 static bool looks_like_number(const std::string &s) {

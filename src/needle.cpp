@@ -9,22 +9,25 @@
 
 constexpr int DEFAULT_TRIALS = 20;
 
+static bool is_name(const std::string &piece) {
+    if (piece.size() < 5 || piece.size() > 11 || piece[0] != ' ' || piece[1] < 'A' || piece[1] > 'Z') return false;
+    return std::all_of(piece.begin() + 2, piece.end(), [](char c) { return c >= 'a' && c <= 'z'; });
+}
+
 std::vector<int> needle_words(const Tokenizer &t) {
     std::vector<int> words;
-    for (int id = 0; id < (int)t.pieces.size(); id++) {
-        const std::string &piece = t.pieces[id];
-        const bool letters = std::all_of(piece.begin() + !piece.empty(), piece.end(), [](char c) { return c >= 'a' && c <= 'z'; });
-        if (t.types[id] == TokenType::NORMAL && piece[0] == ' ' && letters && piece.size() >= 5 && piece.size() <= 11) words.push_back(id);
-    }
+    for (int id = 0; id < (int)t.pieces.size(); id++)
+        if (t.types[id] == TokenType::NORMAL && is_name(t.pieces[id])) words.push_back(id);
     return words;
 }
 
 std::vector<NeedleTrial> make_trials(const Model &m, const std::vector<int> &text, int bos, const KvView &kv, int context, int n, uint64_t seed) {
     const std::vector<int> words = needle_words(m.tokenizer);
-    if ((int)words.size() < 100) fail("--needle: the vocabulary has %zu words of 4 to 10 letters, 100 are needed to draw from", words.size());
+    if ((int)words.size() < 100) fail("--needle: the vocabulary has %zu names of 4 to 10 letters, 100 are needed to draw from", words.size());
     // A space in front, once, whatever the tokenizer adds by itself.
     const std::string space = m.tokenizer.prefix == Prefix::NONE ? " " : "";
-    const std::vector<int> question = tokenizer_encode(m.tokenizer, space + "The pass key is", false), stop = {tokenizer_encode(m.tokenizer, "a.", false).back()};
+    const std::vector<int> question = tokenizer_encode(m.tokenizer, space + "The name of the king was", false);
+    const std::vector<int> stop = {tokenizer_encode(m.tokenizer, "a.", false).back()};
     const int n_question = (int)question.size(), n_needle = n_question + NEEDLE_WORDS + (int)stop.size();
     const int asked = context - NEEDLE_WORDS - n_question;    // where the question begins
     const int sealed_from = kv.sink * KV_BLOCK, sealed_to = asked < 0 ? 0 : kv.coded_end(asked) * KV_BLOCK;

@@ -3,15 +3,16 @@
 #include "meter.h"
 #include "options.h"
 
-// A trial is a stretch of the text of --ppl, -c tokens long, with " The pass key is", NEEDLE_WORDS random words of the
-// vocabulary and "." put somewhere inside sealed blocks, and " The pass key is" once more at its end.  What comes next?
+// A trial is a stretch of the text of --ppl, -c tokens long, with a sentence that names a king put somewhere inside sealed
+// blocks, and the same sentence once more at its end.  What comes next?
 //
-//   BOS text ... | The pass key is silver garden monday . | text ... The pass key is -> silver garden monday
-//                  ^ at random, every token in a sealed block by now
+//   BOS text ... The name of the king was Robert Alice Moore. text ... The name of the king was -> Robert Alice Moore
+//                ^ at random; every token is in a sealed block when the question comes
 //
-// The loss of the words is measured, and whether they are retrieved: whether each, given those before it, is likelier than
-// NEEDLE_OTHERS other words drawn at random.  Small models cannot chat, but repeating what stood behind the same words is
-// what their induction heads do.  The same trial with text in the needle's place says what guessing gives.
+// The loss of the name is measured, and whether it is retrieved: whether each of its words, given those before it, is
+// likelier than NEEDLE_OTHERS other words drawn at random.  Small models cannot chat, but repeating what stood behind the
+// same words is what their induction heads do, and names are what they repeat best: books-46m finds 80% of such words, of
+// a pass key of words without capitals 40%.  The same trial with text in the needle's place says what guessing gives.
 constexpr int NEEDLE_WORDS = 3, NEEDLE_OTHERS = 9;
 
 struct NeedleTrial {
@@ -21,7 +22,7 @@ struct NeedleTrial {
     int others[NEEDLE_WORDS][NEEDLE_OTHERS];
 };
 
-// The words to draw from: tokens of the shape " word", 4 to 10 lower-case letters.
+// The words to draw from: tokens of the shape " Name", 4 to 10 letters.
 std::vector<int> needle_words(const Tokenizer &t);
 
 // The same trials for the same text, context and seed.  Needles lie in the blocks [first, coded_end) of kv, in which every

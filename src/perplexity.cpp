@@ -119,12 +119,19 @@ static Figures measure(const Model &m, const Ops &ops, const Options &o, const P
     return f;
 }
 
+// Bits a value of a full context in which sinks and recents count as the fp16 they are.  The open block is left out: it is
+// fp16 in every format and its share vanishes as the context grows.
+static double bits_with_exact(const KvOptions &kv, const Config &c, int context) {
+    const double exact = std::min(1.0, (double)(kv.sink + kv.recent) / context);
+    return exact * 16 + (1 - exact) * kv_pair_bits(kv, c);
+}
+
 static OrderedJson figures_json(const Figures &f, const Model &m, const Options &o, const Protocol &p) {
     const Summary &a = f.all;
     OrderedJson j = {{"model", o.model}, {"text", o.ppl_file}, {"ppl", a.ppl.mean}, {"error", a.ppl.error}, {"nll", a.nll.mean}, {"nll_error", a.nll.error},
                      {"scored", a.n}, {"context", p.context}, {"stride", p.stride}, {"bos", p.bos >= 0}, {"windows", p.windows.size()},
                      {"mode", o.decode ? "decode" : "prefill"}, {"prefill", o.kv.exact_prefill ? "exact" : "coded"}, {"kv", kv_pair_name(o.kv)},
-                     {"bits", kv_pair_bits(o.kv, m.config)}, {"sink", o.kv.sink}, {"recent", o.kv.recent}, {"ablate", ablation_text(o.kv.ablate)},
+                     {"bits", kv_pair_bits(o.kv, m.config)}, {"bits_with_exact", bits_with_exact(o.kv, m.config, p.context)}, {"sink", o.kv.sink}, {"recent", o.kv.recent}, {"ablate", ablation_text(o.kv.ablate)},
                      {"cache_bytes", f.cache_bytes[0]}, {"kv_bytes_per_token", kv_bytes_per_token(m.config, o.kv)}, {"tok_s", f.tok_s[0]}};
     if (o.has_against) {
         const KvOptions against = caches_of(o)[1];

@@ -50,8 +50,9 @@ Summary summarize(const std::vector<Score> &scores, bool against) {
     f.ln_ratio = estimate(scores, [](const Score &s) { return s.nll - s.against_nll; });
     // PPL_q - PPL_p = e^a - e^b, a and b the mean losses over the same tokens.  To first order it moves by e^a da - e^b db,
     // the mean of e^a nll - e^b against_nll over the tokens, so its error is that mean's: what a token costs both cancels.
+    // Written as e^a (nll - against_nll) + (e^a - e^b) against_nll, it is 0 when the two are the same.
     const double a = f.ppl.mean, b = f.against_ppl.mean;
-    f.delta_ppl = {a - b, estimate(scores, [&](const Score &s) { return a * s.nll - b * s.against_nll; }).error};
+    f.delta_ppl = {a - b, estimate(scores, [&](const Score &s) { return a * (s.nll - s.against_nll) + (a - b) * s.against_nll; }).error};
 
     f.kl = estimate(scores, [](const Score &s) { return s.kl; });
     std::vector<float> kl;
