@@ -33,7 +33,7 @@ endif
 LIB   := $(filter-out src/main.cpp,$(wildcard src/*.cpp)) $(wildcard kernels/*.cpp kernels/*.cu tokenizer/*.cpp)
 TOOLS := convert show random_model make_codebook plot
 TOOL_LIB := $(filter-out $(TOOLS:%=tools/%.cpp),$(wildcard tools/*.cpp))
-TESTS := $(filter-out tests/%_main.cpp,$(wildcard tests/*.cpp))
+TESTS := $(filter-out tests/%_main.cpp tests/bench_%.cpp,$(wildcard tests/*.cpp))
 obj    = $(1:%=$(BUILD)/%.o) $(if $(filter 1,$(CUDA)),$(patsubst %,$(BUILD)/%.cuda.o,$(filter %.cu,$(1))))
 
 all: run $(TOOLS:%=build/%)
@@ -48,6 +48,8 @@ $(BUILD)/test: $(call obj,$(TESTS) $(TOOL_LIB) $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
+$(BUILD)/bench_attention: $(call obj,tests/bench_attention.cpp $(LIB))
+	$(LINK) $^ -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c $< -o $@
@@ -70,8 +72,9 @@ demo: all
 test: all $(BUILD)/test
 	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
 
-bench: all
+bench: all $(BUILD)/bench_attention
 	./run tests/models/books-5m.bin --bench -d 0,768
+	$(BUILD)/bench_attention
 
 clean:
 	rm -rf build run

@@ -28,6 +28,7 @@
 
 #ifndef __CUDACC__
 #include <omp.h>
+#include "attention_codes.h"
 #include "dot.h"
 
 // Where the rows of one sequence stand in this step.
@@ -139,6 +140,8 @@ struct Triples {
 struct Scratch {
     Tile k, v;
     std::vector<float> q, Rq, q_block, score, score2;    // queries (M, stride) three ways; scores (M, KV_BLOCK)
+    CodeQueries codes;
+    CodeScratch code_bytes;
     Triples total, part;
 };
 
@@ -149,8 +152,8 @@ struct Task {
     int n_blocks;         // that the last row sees
 };
 
-// y[m,:] += sum_t p[m,t] x[t,:]; p (M, KV_BLOCK), x (n, stride), y rows y_stride apart.
-static void add_weighted(float *y, const float *p, const float *x, int M, int n, int stride, int y_stride) {
+// y[m,:] += sum_t p[m,t] x[t,:]; x (n, stride), rows of p and y p_stride and y_stride apart.
+static void add_weighted(float *y, const float *p, const float *x, int M, int n, int stride, int y_stride, int p_stride = KV_BLOCK) {
     constexpr int R = DOT_ROWS, C = 16 / (DOT_ROWS * PARTS) ? 16 / (DOT_ROWS * PARTS) : 1;    // as many sums as registers hold
     for (int c = 0; c < stride; c += C * LANES) {
         const int chunks = std::min(C, (stride - c) / LANES);
@@ -163,7 +166,7 @@ static void add_weighted(float *y, const float *p, const float *x, int M, int n,
                 for (int t = 0; t < n; t++)
                     for (int i = 0; i < (whole ? C : chunks); i++) {
                         const f32x16 xt = load16(x + (int64_t)t * stride + c + i * LANES);
-                        for (int r = 0; r < (whole ? R : rows); r++) add_product(sum[r][i], xt, splat16(p[(m + r) * KV_BLOCK + t]));
+                        for (int r = 0; r < (whole ? R : rows); r++) add_product(sum[r][i], xt, splat16(p[(m + r) * p_stride + t]));
                     }
                 for (int r = 0; r < (whole ? R : rows); r++)
                     for (int i = 0; i < (whole ? C : chunks); i++) store16(y + (int64_t)(m + r) * y_stride + c + i * LANES, sum[r][i]);
@@ -173,12 +176,16 @@ static void add_weighted(float *y, const float *p, const float *x, int M, int n,
     }
 }
 
+static void widen_row(float *to, const f16 *from, int d) {
+    int c = 0;
+    for (; c + LANES <= d; c += LANES) store16(to + c, load16(from + c));
+    for (; c < d; c++) to[c] = to_f32(from[c]);
+}
+
 // Tile of a sealed block.
 static void load_rows(Tile &tile, const f16 *x, int n, int d, int stride) {    // n rows of fp16
     tile.has_code = tile.rotated = false, tile.has_plain = tile.turned = true;
-    for (int t = 0; t < n; t++)
-        for (int c = 0; c < d; c += 8)
-            for (int i = 0; i < 8; i++) tile.plain[t * stride + c + i] = to_f32(x[t * d + c + i]);
+    for (int t = 0; t < n; t++) widen_row(&tile.plain[t * stride], x + t * d, d);
 }
 template <int D> static void load_block(Tile &tile, F16<D>, const typename F16<D>::Block &b, const int8_t *, unsigned, int stride) {
     load_rows(tile, b.x[0], KV_BLOCK, D, stride);
@@ -222,35 +229,116 @@ static void load_exact(Tile &tile, const KvView &kv, int layer, const SlotStep &
         const int pos = i * KV_BLOCK + t;
         const f16 *from = pos < step.pos0 ? ring + kv.exact_at(layer, step.slot, h, i) + t * kv.d
                                           : rows + ((int64_t)(step.row0 + pos - step.pos0) * kv.Hkv + h) * kv.d;
-        int c = 0;
-        for (; c + LANES <= kv.d; c += LANES) store16(&tile.plain[t * stride + c], load16(from + c));
-        for (; c < kv.d; c++) tile.plain[t * stride + c] = to_f32(from[c]);
+        widen_row(&tile.plain[t * stride], from, kv.d);
+    }
+}
+
+// A row turned by the angles of one row of a RopeTable, or back with direction -1; `to` may be x.
+static void turn_row(float *to, const float *x, const float *angle, float direction, int d) {
+    const int half = d / 2;
+#pragma omp simd
+    for (int j = 0; j < half; j++) {
+        const float c = angle[j], s = direction * angle[half + j], lo = x[j], hi = x[j + half];
+        to[j] = lo * c - hi * s;
+        to[j + half] = lo * s + hi * c;
     }
 }
 
 // Rows 0..n-1 of a block of keys turned by their place in the block.
 static void turn_keys(float *plain, RopeTable rope, int n, int d, int stride) {
     for (int t = 1; t < n; t++) {
-        float *x = plain + t * stride;
         const float *angle = rope.step + (int64_t)t * d;
-        for (int j = 0; j < d / 2; j++) {
-            const float c = angle[2 * j], s = angle[2 * j + 1], lo = x[j], hi = x[j + d / 2];
-            x[j] = lo * c - hi * s;
-            x[j + d / 2] = lo * s + hi * c;
-        }
+        turn_row(plain + t * stride, plain + t * stride, angle, 1.0f, d);
     }
 }
 
 // Queries as seen from the first token of block i.
 static void turn_back(float *to, const float *q, RopeTable rope, int i, int M, int d, int stride) {
     const float *angle = rope.base + (int64_t)i * d;
-    for (int m = 0; m < M; m++)
-        for (int j = 0; j < d / 2; j++) {
-            const float c = angle[2 * j], s = angle[2 * j + 1], lo = q[m * stride + j], hi = q[m * stride + j + d / 2];
-            to[m * stride + j] = lo * c + hi * s;
-            to[m * stride + j + d / 2] = hi * c - lo * s;
-        }
+    for (int m = 0; m < M; m++) turn_row(to + m * stride, q + m * stride, angle, -1.0f, d);
 }
+
+// ---- sealed NSN blocks without widening: attention_codes.h ------------------------------------------------
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+static NsnFields fields_of(KvFormat format, int d, const uint8_t *block, float &delta) {
+    NsnFields fields{};
+    auto take = [&](auto nsn) {
+        using Nsn = decltype(nsn);
+        fields = nsn_fields(nsn, *(typename Nsn::Block *)block), delta = Nsn::delta;
+    };
+    auto pick = [&](auto width) {
+        constexpr int D = decltype(width)::value;
+        switch (format) {
+        case KvFormat::nsn1: return take(Nsn1<D>{});
+        case KvFormat::nsn2: return take(Nsn2<D>{});
+        case KvFormat::nsn2b: return take(Nsn2b<D>{});
+        default: return take(Nsn4b<D>{});
+        }
+    };
+    if (d == 64) pick(std::integral_constant<int, 64>());
+    else if (d == 128) pick(std::integral_constant<int, 128>());
+    else pick(std::integral_constant<int, 256>());
+    return fields;
+}
+static const Planes &planes_of(KvFormat format, int C, bool offset) {
+    static const Planes planes[4][2] = {{make_planes(NSN1_INDEX[0], 8, 0), make_planes(NSN1_INDEX[0], 8, 0x80)}, {make_planes(NSN2_INDEX[0], 8, 0), make_planes(NSN2_INDEX[0], 8, 0x80)},
+                                        {make_planes(NSN2B_INDEX[0], 4, 0), make_planes(NSN2B_INDEX[0], 4, 0x80)}, {make_planes(NSN4B_INDEX[0], 2, 0), make_planes(NSN4B_INDEX[0], 2, 0x80)}};
+    return planes[C == 8 ? format == KvFormat::nsn2 : C == 4 ? 2 : 3][offset];
+}
+
+// Scores of the task's queries, (M, KV_BLOCK).
+static void scores_of_codes(Scratch &s, const KvView &kv, const uint8_t *block, int C, int i, int M, int stride) {
+    const int d = kv.d;
+    float delta, s1[KV_BLOCK], scale[KV_BLOCK], mean[MAX_HEAD_DIM];
+    const NsnFields f = fields_of(kv.k_format, d, block, delta);
+    token_scales(s1, scale, f, delta);
+    const Planes &planes = planes_of(kv.k_format, C, true);
+    if (C == 8) code_scores<8>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
+    if (C == 4) code_scores<4>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
+    if (C == 2) code_scores<2>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
+    // The mean: q . RoPE_t(mean) = sum_j cos(t f_j) A_j + sin(t f_j) B_j, with q as seen from the block's first token,
+    // A = q_lo m_lo + q_hi m_hi, B = q_hi m_lo - q_lo m_hi: a matrix of cosines that all blocks share.
+    for (int c = 0; c < d; c++) mean[c] = f.mean_at(c);
+    turn_back(s.q_block.data(), s.q.data(), kv.rope, i, M, d, stride);
+    for (int m = 0; m < M; m++) {
+        float *z = &s.q_block[m * stride];
+        for (int j = 0; j < d / 2; j++) {
+            const float lo = z[j], hi = z[j + d / 2];
+            z[j] = lo * mean[j] + hi * mean[j + d / 2];
+            z[j + d / 2] = hi * mean[j] - lo * mean[j + d / 2];
+        }
+    }
+    std::fill(s.score2.begin(), s.score2.begin() + M * KV_BLOCK, 0.0f);
+    add_weighted(s.score2.data(), s.q_block.data(), kv.rope.step_turned, M, d, KV_BLOCK, KV_BLOCK, stride);
+    for (int m = 0; m < M; m++)
+        for (int t = 0; t < KV_BLOCK; t++) s.score[m * KV_BLOCK + t] += s1[t] * s.score2[m * KV_BLOCK + t];
+}
+
+// The weights s.score (M, KV_BLOCK) times the block's rows into o (M, 2, stride).
+static void sums_of_codes(float *o, Scratch &s, const KvView &kv, const uint8_t *block, int C, int M, int stride) {
+    const int d = kv.d;
+    float delta, s1[KV_BLOCK], scale[KV_BLOCK], mean[MAX_HEAD_DIM];
+    const NsnFields f = fields_of(kv.v_format, d, block, delta);
+    token_scales(s1, scale, f, delta);
+    const Planes &planes = planes_of(kv.v_format, C, false);
+    if (C == 8) code_sums<8>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
+    if (C == 4) code_sums<4>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
+    if (C == 2) code_sums<2>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
+    for (int c = 0; c < d; c++) mean[c] = f.mean_at(c);
+    for (int m = 0; m < M; m++) {
+        f32x16 weight = splat16(0.0f);
+        for (int t = 0; t < KV_BLOCK; t += LANES) add_product(weight, load16(&s.score[m * KV_BLOCK + t]), load16(s1 + t));
+        const float w = sum16(weight);
+        for (int c = 0; c < d; c++) o[(int64_t)m * 2 * stride + stride + c] += w * mean[c];
+    }
+}
+#else
+static void scores_of_codes(Scratch &, const KvView &, const uint8_t *, int, int, int, int) {}
+static void sums_of_codes(float *, Scratch &, const KvView &, const uint8_t *, int, int, int) {}
+#endif
+
+// The integer kernels' channels a byte for one side of the cache, 0 where tiles are widened instead.
+static int fast_channels(const KvView &kv, bool key) { return kv.ablate ? 0 : code_channels(key ? kv.k_format : kv.v_format, kv.d); }
 
 // The blocks [begin, end) into the triples of the task's queries, in order.
 static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int G) {
@@ -259,22 +347,25 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
     for (int i = begin; i < end; i++) {
         const int last = b.pos[task.row + task.rows - 1] - i * KV_BLOCK;
         const int n = std::min(KV_BLOCK, last + 1);    // tokens that the last row sees
-        if (i >= kv.sink && i < task.coded_end) {
-            load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.k_codebook, kv.ablate, d, stride);
-            load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.v_codebook, kv.ablate, d, stride);
+        const bool sealed = i >= kv.sink && i < task.coded_end;
+        const int k_fast = sealed ? fast_channels(kv, true) : 0, v_fast = sealed ? fast_channels(kv, false) : 0;
+        if (sealed) {
+            if (!k_fast) load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.k_codebook, kv.ablate, d, stride);
+            if (!v_fast) load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.v_codebook, kv.ablate, d, stride);
         } else {
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
         }
         // scores
-        if (s.k.has_plain && !s.k.turned)
+        if (k_fast) scores_of_codes(s, kv, kv.k_block(layer, step.slot, task.h, i), k_fast, i, M, stride);
+        else if (s.k.has_plain && !s.k.turned)
             dot_rows(s.score.data(), s.q.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);
         else if (s.k.has_plain) {
             turn_keys(s.k.plain.data(), kv.rope, n, d, stride);
             turn_back(s.q_block.data(), s.q.data(), kv.rope, i, M, d, stride);
             dot_rows(s.score.data(), s.q_block.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);
         }
-        if (s.k.has_code) {
+        if (!k_fast && s.k.has_code) {
             float *score = s.k.has_plain ? s.score2.data() : s.score.data();
             dot_rows(score, s.k.rotated ? s.Rq.data() : s.q.data(), s.k.code.data(), M, n, stride, KV_BLOCK, stride, stride);
             if (s.k.has_plain)
@@ -304,6 +395,10 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
                 for (int c = 0; c < 2 * stride; c++) to.o[(size_t)m * 2 * stride + c] *= a;
         }
         // values
+        if (v_fast) {
+            sums_of_codes(to.o.data(), s, kv, kv.v_block(layer, step.slot, task.h, i), v_fast, M, stride);
+            continue;
+        }
         if (s.v.has_code && s.v.rotated) add_weighted(to.o.data(), s.score.data(), s.v.code.data(), M, n, stride, 2 * stride);
         if (s.v.has_code && !s.v.rotated) add_weighted(to.o.data() + stride, s.score.data(), s.v.code.data(), M, n, stride, 2 * stride);
         if (s.v.has_plain) add_weighted(to.o.data() + stride, s.score.data(), s.v.plain.data(), M, n, stride, 2 * stride);
@@ -311,7 +406,7 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
 }
 
 // Queries of the task, scaled by 1/sqrt(d), and R times them.
-static void load_queries(Scratch &s, const Task &task, const float *q, int Hq, int G, int d) {
+static void load_queries(Scratch &s, const Task &task, const float *q, const KvView &kv, int Hq, int G, int d) {
     const int stride = (int)ceil_div(d, LANES) * LANES, M = task.rows * G;
     for (auto *x : {&s.q, &s.Rq, &s.q_block}) x->assign((size_t)M * stride, 0.0f);
     for (auto *x : {&s.score, &s.score2}) x->assign((size_t)M * KV_BLOCK, 0.0f);
@@ -321,12 +416,16 @@ static void load_queries(Scratch &s, const Task &task, const float *q, int Hq, i
         for (int c = 0; c < d; c++) s.q[m * stride + c] = s.Rq[m * stride + c] = from[c] / sqrtf((float)d);
         hadamard(&s.Rq[m * stride], d);
     }
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+    if (const int C = fast_channels(kv, true)) code_queries(s.codes, s.Rq.data(), M, d, C, stride);
+#endif
 }
 
-static void store_result(float *y, Triples &total, const Task &task, int Hq, int G, int d) {
+static void store_result(float *y, Triples &total, const Task &task, const KvView &kv, int Hq, int G, int d) {
     const int stride = (int)ceil_div(d, LANES) * LANES;
     for (int m = 0; m < task.rows * G; m++) {
         float *code = &total.o[(size_t)m * 2 * stride], *plain = code + stride;
+        if (const int C = fast_channels(kv, false)) codes_in_order(code, d, C);
         hadamard(code, d);
         float *to = y + ((int64_t)(task.row + m / G) * Hq + task.h * G + m % G) * d;
         for (int c = 0; c < d; c++) to[c] = (code[c] + plain[c]) / total.l[m];
@@ -357,7 +456,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
         for (int i = 0; i < n_tasks; i++) {
             static thread_local Scratch s;
             const Task &task = tasks[n_tasks - 1 - i];    // the longest first
-            load_queries(s, task, q, Hq, G, d);
+            load_queries(s, task, q, kv, Hq, G, d);
             for (int seg = 0; seg < ceil_div(task.n_blocks, SEGMENT); seg++) {
                 Triples &to = seg == 0 ? s.total : s.part;
                 to.clear(task.rows * G, stride);
@@ -365,7 +464,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
                 if (seg > 0)
                     for (int m = 0; m < task.rows * G; m++) s.total.merge(m, s.part.m[m], s.part.l[m], &s.part.o[(size_t)m * 2 * stride], 2 * stride);
             }
-            store_result(y, s.total, task, Hq, G, d);
+            store_result(y, s.total, task, kv, Hq, G, d);
         }
         return;
     }
@@ -376,7 +475,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
             static thread_local Scratch s;
             const Task &task = tasks[i];
             if (seg >= ceil_div(task.n_blocks, SEGMENT)) continue;
-            load_queries(s, task, q, Hq, G, d);
+            load_queries(s, task, q, kv, Hq, G, d);
             Triples &to = parts[i * segments + seg];
             to.clear(task.rows * G, stride);
             attend(to, s, task, range(task, seg).first, range(task, seg).second, kv, layer, k16, v16, b, G);
@@ -388,7 +487,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
             const Triples &part = parts[i * segments + seg];
             for (int m = 0; m < task.rows * G; m++) total.merge(m, part.m[m], part.l[m], &part.o[(size_t)m * 2 * stride], 2 * stride);
         }
-        store_result(y, total, task, Hq, G, d);
+        store_result(y, total, task, kv, Hq, G, d);
     }
 }
 }    // namespace cpu

@@ -216,10 +216,9 @@ struct KvView {
 
 // Cosine and sine of the angle of position pos in channel pair j; d is the head dimension.
 HD void rope_angle(float &c, float &s, RopeTable table, int pos, int j, int d) {
-    const float *b = table.base + ((int64_t)(pos / KV_BLOCK) * (d / 2) + j) * 2;
-    const float *r = table.step + ((int64_t)(pos % KV_BLOCK) * (d / 2) + j) * 2;
-    c = b[0] * r[0] - b[1] * r[1];
-    s = b[0] * r[1] + b[1] * r[0];
+    const float *b = table.base + (int64_t)(pos / KV_BLOCK) * d + j, *r = table.step + (int64_t)(pos % KV_BLOCK) * d + j;
+    c = b[0] * r[0] - b[d / 2] * r[d / 2];
+    s = b[0] * r[d / 2] + b[d / 2] * r[0];
 }
 
 // ---- from run-time format and head dimension to a type ---------------------------------------------------

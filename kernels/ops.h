@@ -36,8 +36,9 @@ struct Batch {
 // Cosines and sines of RoPE in two tables, computed in double: angle(64 b + r, j) = base[b][j] + step[r][j], so no kernel
 // ever calls sin or cos and every backend turns by the same numbers.
 struct RopeTable {
-    const float *base;     // (T/64, d/2, 2)   cos, sin of 64 b freq[j]
-    const float *step;     // (64, d/2, 2)     cos, sin of  r freq[j]
+    const float *base;     // (T/64, 2, d/2)   cosines, then sines, of 64 b freq[j]
+    const float *step;     // (64, 2, d/2)     of r freq[j]
+    const float *step_turned;    // (2, d/2, 64)  the same, token by token
 };
 
 struct KvView;             // kv_block.h

@@ -6,7 +6,11 @@
 #include <cmath>
 #include "base.h"
 #if defined(__AVX512F__) || defined(__F16C__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    // gcc 12 warns about its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 constexpr int LANES = 16;

@@ -38,7 +38,7 @@ static Sizes sizes_of(const KvView &v) {
 
 int64_t kv_cache_bytes(const Config &c, const KvOptions &o, int slots, int context) {
     const Sizes s = sizes_of(shape_of(c, o, slots, context));
-    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + s.rope_step + s.codebooks;
+    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + 2 * s.rope_step + s.codebooks;
 }
 
 double kv_bytes_per_token(const Config &c, const KvOptions &o) {
@@ -64,13 +64,22 @@ void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOpti
     const std::vector<double> freq = rope_frequencies(c);
     auto angles = [&](int64_t bytes, int rows, int tokens) {
         std::vector<float> t;
-        for (int r = 0; r < rows; r++)
-            for (double f : freq) t.push_back((float)std::cos((double)r * tokens * f)), t.push_back((float)std::sin((double)r * tokens * f));
+        for (int r = 0; r < rows; r++) {
+            for (double f : freq) t.push_back((float)std::cos((double)r * tokens * f));
+            for (double f : freq) t.push_back((float)std::sin((double)r * tokens * f));
+        }
         float *p = (float *)take(bytes);
         ops.upload(p, t.data(), bytes);
         return p;
     };
-    v.rope = {angles(s.rope_base, v.max_blocks, KV_BLOCK), angles(s.rope_step, KV_BLOCK, 1)};
+    v.rope = {angles(s.rope_base, v.max_blocks, KV_BLOCK), angles(s.rope_step, KV_BLOCK, 1), nullptr};
+    std::vector<float> step((size_t)KV_BLOCK * v.d), turned(step.size());
+    ops.download(step.data(), v.rope.step, s.rope_step);
+    for (int t = 0; t < KV_BLOCK; t++)
+        for (int i = 0; i < v.d; i++) turned[i * KV_BLOCK + t] = step[t * v.d + i];
+    float *step_turned = (float *)take(s.rope_step);
+    ops.upload(step_turned, turned.data(), s.rope_step);
+    v.rope.step_turned = step_turned;
 
     auto codebook = [&](KvFormat f) -> const int8_t * {
         if (!kv_codebook(f)) return nullptr;

@@ -41,14 +41,15 @@ struct Tables {
     explicit Tables(int d) {
         auto fill = [&](std::vector<float> &t, int rows, int tokens) {
             for (int r = 0; r < rows; r++)
-                for (int j = 0; j < d / 2; j++) {
-                    const double a = r * tokens * std::pow(10000.0, -2.0 * j / d);
-                    t.push_back((float)std::cos(a)), t.push_back((float)std::sin(a));
-                }
+                for (int half = 0; half < 2; half++)
+                    for (int j = 0; j < d / 2; j++) {
+                        const double a = r * tokens * std::pow(10000.0, -2.0 * j / d);
+                        t.push_back((float)(half ? std::sin(a) : std::cos(a)));
+                    }
         };
         fill(base, 8, KV_BLOCK), fill(step, KV_BLOCK, 1);
     }
-    RopeTable view() const { return {base.data(), step.data()}; }
+    RopeTable view() const { return {base.data(), step.data(), nullptr}; }
 };
 
 // Row t of a block as the formula of kv_block.h says, through load_code and load_plain, in f64.
@@ -198,7 +199,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         const KvView &v = cache.view;
         const int64_t blocks = 5 - 1, block = kv_block_bytes(format, c.head_dim);    // 301 tokens touch five blocks, one stays open
         CHECK(cache.bytes == 2 * c.n_layers * c.n_kv_heads * (blocks * block + KV_BLOCK * c.head_dim * 2)    // codes, and one open block of fp16
-                                 + 5 * 4 + 5 * c.head_dim * 4 + KV_BLOCK * c.head_dim * 4 + 2 * KV_CODEBOOK_BYTES);    // block table, RoPE, codebooks
+                                 + 5 * 4 + 5 * c.head_dim * 4 + 2 * KV_BLOCK * c.head_dim * 4 + 2 * KV_CODEBOOK_BYTES);    // block table, RoPE, codebooks
         Activations a;
         activations_open(a, cpu_ops, c, T, 1);
         Rows rows;
