@@ -49,7 +49,7 @@ $(BUILD)/test: $(call obj,$(TESTS) $(TOOL_LIB) $(LIB))
 $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/bench_attention: $(call obj,tests/bench_attention.cpp $(LIB))
-	$(LINK) $^ -o $@
+	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c $< -o $@

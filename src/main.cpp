@@ -31,6 +31,7 @@ static const char usage[] =
     "          --prefill M      coded (default): a row reads sealed blocks as codes; exact: the rows of a prompt read it in fp16\n"
     "          --sink N         the first N tokens stay fp16 (a multiple of 64)\n"
     "          --recent N       so do the N tokens behind the open block\n"
+    "          --scale-exponent A[,B]   of NSN's scale correction for keys and values, for study; default: the format's\n"
     "          --ablate LIST    leave out steps of NSN, for study: first-norm,shift,hadamard,pre-rope,scale\n"
     "machine   -d cpu|cuda      device (default cpu)        -t N   threads (default all)\n"
     "--ppl     -b N             sequences at once (default 4; changes the speed, not the result)\n"
@@ -153,6 +154,12 @@ static Options parse(int argc, char **argv) {
                     o.depths.push_back(integer(a, text.substr(at, text.find(',', at) - at), 0));
             }
             else refuse("-d '%s': expected cpu, cuda, or depths such as 0,4096 with --bench", text.c_str());
+        }
+        else if (a == "--scale-exponent") {
+            const std::string text = value(a);
+            const size_t comma = text.find(',');
+            o.kv.k_exponent = (float)number(a, text.substr(0, comma), 0, 2);
+            o.kv.v_exponent = comma == std::string::npos ? o.kv.k_exponent : (float)number(a, text.substr(comma + 1), 0, 2);
         }
         else if (a == "--ablate") o.kv.ablate = ablation_flags(a, value(a));
         else if (a == "--ppl") o.ppl_file = value(a);

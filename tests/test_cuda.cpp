@@ -281,14 +281,15 @@ TEST_CASE("cuda: attention over every pair of formats, the CPU's codes") {
     for (int k = 0; kv_has_cuda((KvFormat)k); k++)
         for (int v = 0; kv_has_cuda((KvFormat)v); v++)
             for (int d : {24, 64, 128, 256}) {
+                if (d == 256 && k != v) continue;    // the reference's Hadamard product costs d^2 a row
                 KvOptions o;
                 o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                 if (k == v) o.sink = 64, o.recent = 64;
                 o.exact_prefill = k > v;
-                BothCaches s(*gpu, attention_config(2, 3, d), {1, 64, 129, 400}, o, d + k);
+                BothCaches s(*gpu, attention_config(1, 3, d), {1, 64, 129, 330}, o, d + k);
                 std::vector<float> want;
                 INFO("d ", d, " K ", kv_format_name(o.k_format), " V ", kv_format_name(o.v_format));
-                s.step(s.ends(90), nullptr);
+                s.step(s.ends(5), nullptr);
                 for (int back : {1, 0}) {
                     const std::vector<float> got = s.step(s.ends(back), &want, true, true);
                     CHECK(relative_l2(got, want) < ATTENTION_BOUND);
@@ -301,6 +302,7 @@ TEST_CASE("cuda: attention over every pair of formats, the CPU's codes") {
 TEST_CASE("cuda: sealing gives the reference's bytes, up to ties") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
+    int64_t total = 0;
     for (int f = 0; kv_has_cuda((KvFormat)f); f++)
         for (int d : CASE_HEAD_DIMS)
             for (unsigned ablate : {0u, (unsigned)NO_HADAMARD, (unsigned)NO_PRE_ROPE, (unsigned)(NO_SHIFT | NO_FIRST_NORM | NO_SCALE)}) {
@@ -328,8 +330,10 @@ TEST_CASE("cuda: sealing gives the reference's bytes, up to ties") {
                     INFO(kv_format_name((KvFormat)f), " d ", d, key ? " K " : " V ", "ablate ", ablate, ": ", different, " of ", sealed, " bytes differ");
                     if (f == 0) CHECK(different == 0);
                     CHECK(different <= sealed / 1000 + 2);    // an input within 2^-23 of the border between two codes
+                    total += different;
                 }
             }
+    MESSAGE(total, " bytes differ in all");
 }
 
 TEST_CASE("cuda: attention: prefill of any step size, decode and batch neighbours give the same bits") {
