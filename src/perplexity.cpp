@@ -132,6 +132,7 @@ static OrderedJson figures_json(const Figures &f, const Model &m, const Options 
                      {"scored", a.n}, {"context", p.context}, {"stride", p.stride}, {"bos", p.bos >= 0}, {"windows", p.windows.size()},
                      {"mode", o.decode ? "decode" : "prefill"}, {"prefill", o.kv.exact_prefill ? "exact" : "coded"}, {"kv", kv_pair_name(o.kv)},
                      {"bits", kv_pair_bits(o.kv, m.config)}, {"bits_with_exact", bits_with_exact(o.kv, m.config, p.context)}, {"sink", o.kv.sink}, {"recent", o.kv.recent}, {"ablate", ablation_text(o.kv.ablate)},
+                     {"exponents", o.kv.k_exponent < 0 ? std::string() : strf("%g/%g", o.kv.k_exponent, o.kv.v_exponent)},
                      {"cache_bytes", f.cache_bytes[0]}, {"kv_bytes_per_token", kv_bytes_per_token(m.config, o.kv)}, {"tok_s", f.tok_s[0]}};
     if (o.has_against) {
         const KvOptions against = caches_of(o)[1];
