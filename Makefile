@@ -68,6 +68,7 @@ headers:
 
 demo: all
 	./run tests/models/books-5m.bin -p "Once upon a time, there was a little girl who" -n 110 --temp 0.6 --top-p 0.9 --min-p 0.05 -s 7
+	@echo
 
 test: all $(BUILD)/test
 	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
