@@ -9,8 +9,11 @@
              Llama-3-8B in bf16 is 16.1 GB a step.  Many rows: 2 N in out flops; a tile of W is widened to f32 once and
              used by all rows, four rows times four outputs a turn (8 loads for 16 multiply-adds).
    On CUDA   Up to GEMV_ROWS rows: a kernel of ours at memory speed, f32 activations, one order of addition for any number
-             of rows.  More rows: cuBLAS, activations rounded to the weights' type (f32 stays f32), sums in f32.  cuBLAS
-             chooses its order by the shape, so there, and only there, a row's last bits depend on the number of rows.
+             of rows.  More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
+             split into two bf16 numbers for bf16, each with a product of its own.  cuBLAS chooses its order by the shape, so
+             there, and only there, a row's last bits depend on the number of rows.
+             Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
+             the PPL of books-5m moves by 0.037%; with two by 0.0005%.
    Limits    in, out, N >= 1; any alignment on the CPU, weights and rows of x aligned to 16 bytes on CUDA where in is a
              multiple of 8.  Many rows with f16 weights on CUDA: |x| < 65,520.
    Tested by tests/test_ops.cpp, tests/test_cuda.cpp            Timed by ./run model.bin --bench                     */
@@ -187,13 +190,16 @@ template <class T> static void gemv(float *y, const float *x, const T *W, int N,
 }
 
 // ---- many rows: cuBLAS ----
-template <class T> __device__ inline T narrow(float x);
-template <> __device__ inline f16 narrow<f16>(float x) { return to_f16(x); }
-template <> __device__ inline bf16 narrow<bf16>(float x) { return to_bf16(x); }
-
-template <class T> __global__ void narrow_kernel(T *y, const float *x, int64_t n) {
+__global__ void narrow_kernel(f16 *y, const float *x, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) y[i] = narrow<T>(x[i]);
+    if (i < n) y[i] = to_f16(x[i]);
+}
+// x = high + low, to 2^-16 of x: bf16 rounds to 8 bits, twice.
+__global__ void narrow_kernel(bf16 *high, bf16 *low, const float *x, int64_t n) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    high[i] = to_bf16(x[i]);
+    low[i] = to_bf16(x[i] - to_f32(high[i]));
 }
 
 #define CUBLAS_CHECK(call)                                                                                           \
@@ -212,26 +218,37 @@ static cublasHandle_t cublas() {
     return handle;
 }
 
-// Row-major y = x W^T is column-major y^T = W x^T: W^T with leading dimension in, x and y as they lie.
-static void gemm(float *y, const void *x, Matrix W, cudaDataType type, int N, int in, int out) {
-    const float one = 1.0f, zero = 0.0f;
-    CUBLAS_CHECK(cublasGemmEx(cublas(), CUBLAS_OP_T, CUBLAS_OP_N, out, N, in, &one, W.data, type, in, x, type, in, &zero, y, CUDA_R_32F, out,
+// y = x W^T + beta y.  Row-major, that is column-major y^T = W x^T: W^T with leading dimension in, x and y as they lie.
+static void gemm(float *y, const void *x, Matrix W, cudaDataType type, int N, int in, int out, float beta = 0.0f) {
+    const float one = 1.0f;
+    CUBLAS_CHECK(cublasGemmEx(cublas(), CUBLAS_OP_T, CUBLAS_OP_N, out, N, in, &one, W.data, type, in, x, type, in, &beta, y, CUDA_R_32F, out,
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
-template <class T> static const T *narrowed(const float *x, int64_t n) {
-    narrow_kernel<<<ceil_div(n, 256), 256, 0, stream>>>((T *)step.work, x, n);
+
+int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > GEMV_ROWS ? (int64_t)shape.N * shape.widest * 4 : 0; }
+
+static void gemm_f16(float *y, const float *x, Matrix W, int N, int in, int out) {
+    const int64_t n = (int64_t)N * in;
+    f16 *x16 = (f16 *)step.work;
+    narrow_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(x16, x, n);
     CUDA_CHECK(cudaGetLastError());
-    return (const T *)step.work;
+    gemm(y, x16, W, CUDA_R_16F, N, in, out);
+}
+static void gemm_bf16(float *y, const float *x, Matrix W, int N, int in, int out) {
+    const int64_t n = (int64_t)N * in;
+    bf16 *high = (bf16 *)step.work, *low = high + n;
+    narrow_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(high, low, x, n);
+    CUDA_CHECK(cudaGetLastError());
+    gemm(y, low, W, CUDA_R_16BF, N, in, out);
+    gemm(y, high, W, CUDA_R_16BF, N, in, out, 1.0f);
 }
 
-int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > GEMV_ROWS ? (int64_t)shape.N * shape.widest * 2 : 0; }
-
 void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
-    const int64_t n = (int64_t)N * in;
+    const bool few = N <= GEMV_ROWS;
     switch (W.type) {
-    case DType::f32: return N <= GEMV_ROWS ? gemv(y, x, (const float *)W.data, N, in, out) : gemm(y, x, W, CUDA_R_32F, N, in, out);
-    case DType::f16: return N <= GEMV_ROWS ? gemv(y, x, (const f16 *)W.data, N, in, out) : gemm(y, narrowed<f16>(x, n), W, CUDA_R_16F, N, in, out);
-    case DType::bf16: return N <= GEMV_ROWS ? gemv(y, x, (const bf16 *)W.data, N, in, out) : gemm(y, narrowed<bf16>(x, n), W, CUDA_R_16BF, N, in, out);
+    case DType::f32: return few ? gemv(y, x, (const float *)W.data, N, in, out) : gemm(y, x, W, CUDA_R_32F, N, in, out);
+    case DType::f16: return few ? gemv(y, x, (const f16 *)W.data, N, in, out) : gemm_f16(y, x, W, N, in, out);
+    case DType::bf16: return few ? gemv(y, x, (const bf16 *)W.data, N, in, out) : gemm_bf16(y, x, W, N, in, out);
     }
 }
 }    // namespace cuda

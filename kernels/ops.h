@@ -5,7 +5,8 @@
 // Activations are f32, row-major.  An output never overlaps an input unless the comment says "in place".
 //
 // Row n's result never depends on the other rows of the step, on their number or on the thread count: every backend adds
-// up in an order that is fixed by the shapes of one row.
+// up in an order that is fixed by the shapes of one row.  One exception: on CUDA, matmul of more than 8 rows is cuBLAS's,
+// whose order depends on the number of rows (matmul.cu).
 #pragma once
 #include <cstddef>
 #include <cstdint>

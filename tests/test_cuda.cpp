@@ -86,11 +86,13 @@ TEST_CASE("cuda: matmul against the reference in f64") {
                     const OnDevice<float> xs(*gpu, x), y(*gpu, (size_t)N * out);
                     gpu->matmul(y.p, xs.p, {w.p, type}, N, in, out);
                     const std::vector<float> got = y.host();
-                    if (N > GEMV_ROWS)
-                        for (float &e : x) e = HostMatrix::round_to(e, type);
+                    if (N > GEMV_ROWS && type == DType::f16)
+                        for (float &e : x) e = HostMatrix::round_to(e, type);    // what cuBLAS is given
                     reference::matmul(want.data(), x.data(), {W.f.data(), DType::f32}, N, in, out);
                     INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type);
-                    // `in` additions, each off by at most 2^-23 of a partial sum (tensor cores cut off), none exceeds sum |x||w|
+                    // `in` additions, each off by at most 2^-23 of a partial sum (tensor cores cut off), none exceeds sum |x||w|;
+                    // with bf16 weights cuBLAS is given x as two numbers, together off by 2^-16 |x|, and adds twice
+                    const double bound = N > GEMV_ROWS && type == DType::bf16 ? 2 * (in + 8) * 0x1p-23 + 0x1p-16 : (in + 8) * 0x1p-23;
                     bool within = true;
                     for (int n = 0; n < N; n++)
                         for (int o = 0; o < out; o++) {
@@ -98,7 +100,7 @@ TEST_CASE("cuda: matmul against the reference in f64") {
                             for (int i = 0; i < in; i++) size += std::fabs((double)x[n * in + i] * W.f[o * in + i]);
                             const double error = std::fabs(got[n * out + o] - want[n * out + o]) / size;
                             worst = std::max(worst, error);
-                            within = within && error <= (in + 8) * 0x1p-23;
+                            within = within && error <= bound;
                         }
                     CHECK(within);
                 }
@@ -416,8 +418,7 @@ TEST_CASE("cuda: golden logits of transformers, every dtype, decode and prefill"
         memcpy(ids.data(), tokens.data(), tokens.size()), memcpy(want.data(), bytes.data(), bytes.size());
         CHECK(relative_l2(gpu_logits(m, ids, 1, *gpu), want) < 2e-3);      // as on the CPU: fp16 rows of the cache
         CHECK(relative_l2(gpu_logits(m, ids, 7, *gpu), want) < 2e-3);
-        // cuBLAS rounds activations to the weights' type: 7 matmuls deep a layer, 2^-9 each at worst in bf16
-        CHECK(relative_l2(gpu_logits(m, ids, 80, *gpu), want) < (std::string(name) == "bf16" ? 2e-2 : 4e-3));
+        CHECK(relative_l2(gpu_logits(m, ids, 80, *gpu), want) < 2e-3);     // cuBLAS
     }
 }
 
@@ -441,7 +442,7 @@ TEST_CASE("cuda: the bundled model: logits as on the CPU, a row's bits, repeated
         CHECK(gpu_logits(m, ids, 150, *gpu, o) == many);
         if (f != KvFormat::f16) continue;    // a code that flips on a tie moves more than rounding does
         CHECK(relative_l2(one, cpu_side) < 2e-3);
-        CHECK(relative_l2(many, cpu_side) < 2e-2);
+        CHECK(relative_l2(many, cpu_side) < 2e-3);
     }
     // three sequences of unequal lengths, decoded together
     const std::vector<float> want = gpu_logits(m, ids, 1, *gpu);

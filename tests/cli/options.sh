@@ -13,7 +13,7 @@ refuses 2 "expected a number from 0 to 1" "$run" $model -p x --top-p 1.5
 refuses 2 "expected a number of at least|from 1 to" "$run" $model -p x -c 0
 refuses 2 "expected a whole number" "$run" $model -p x -s -1
 refuses 2 "expected cpu, cuda" "$run" $model -p x -d tpu
-refuses 2 "-d cuda: " "$run" $model -p x -d cuda
+refuses 2 "-d cuda: " env CUDA_VISIBLE_DEVICES= "$run" $model -p x -d cuda
 refuses 2 "KV format 'q3': unknown; there are.* f16" "$run" $model -p x --kv q3
 refuses 2 "multiples of 64" "$run" $model -p x --sink 10
 refuses 2 "expected coded or exact" "$run" $model -p x --prefill fast
