@@ -1,15 +1,15 @@
 # The text: what goes to stdout, what stops it, and that the same command prints the same bytes.
 . tests/cli/lib.inc
-"$run" $model -p "Once upon a time, there was a little" -n 17 >"$work/a" 2>"$work/err" || die "does not run"
+"$run" $model -p "Once upon a time, there was a little" -n 14 >"$work/a" 2>"$work/err" || die "does not run"
 printf '%s' "Once upon a time, there was a little girl, who was a little girl, and was a little girl," >"$work/want"
 same "$work/a" "$work/want"    # the greedy ids of transformers
-tail -n 1 "$work/err" | python3 -c 'import json, sys; j = json.load(sys.stdin); assert j["tokens"] == 17 and j["stop"] == "length" and len(j["logits_hash"]) == 16, j' || die "closing line"
+tail -n 1 "$work/err" | grep -qE '^\{.*"tokens":14,"stop":"length".*"logits_hash":"[0-9a-f]{16}"\}$' || die "closing line: $(tail -n 1 "$work/err")"
 
-for how in "-i" "-p"; do "$run" $model $how "Once upon a time, there was a little" -n 17 2>/dev/null >"$work/b"; same "$work/a" "$work/b"; done
+for how in "-i" "-p"; do "$run" $model $how "Once upon a time, there was a little" -n 14 2>/dev/null >"$work/b"; same "$work/a" "$work/b"; done
 printf 'Once upon a time, there was a little' >"$work/prompt"
-"$run" $model -f "$work/prompt" -n 17 2>/dev/null >"$work/b"; same "$work/a" "$work/b"
-"$run" $model - -n 17 <"$work/prompt" 2>/dev/null >"$work/b"; same "$work/a" "$work/b"
-"$run" $model -p "Once upon a time, there was a little" -n 17 --no-echo 2>/dev/null >"$work/b"
+"$run" $model -f "$work/prompt" -n 14 2>/dev/null >"$work/b"; same "$work/a" "$work/b"
+"$run" $model - -n 14 <"$work/prompt" 2>/dev/null >"$work/b"; same "$work/a" "$work/b"
+"$run" $model -p "Once upon a time, there was a little" -n 14 --no-echo 2>/dev/null >"$work/b"
 printf '%s' " girl, who was a little girl, and was a little girl," >"$work/want"
 same "$work/b" "$work/want"
 
