@@ -59,8 +59,8 @@ inline void scalar_seal(const ScalarFields &f, const f16 *rows, const SealPlace 
     for (int t = 0; t < KV_BLOCK; t++) {
         double *xt = x + t * d;
         for (int j = 0; j < d / 2 && p.key; j++) {
-            const float *base = p.rope.base + ((int64_t)(p.pos / KV_BLOCK) * (d / 2) + j) * 2, *step = p.rope.step + (t * (d / 2) + j) * 2;
-            const double c = (double)base[0] * step[0] - (double)base[1] * step[1], s = (double)base[0] * step[1] + (double)base[1] * step[0];
+            const float *base = p.rope.base + (int64_t)(p.pos / KV_BLOCK) * d + j, *step = p.rope.step + t * d + j;    // as rope_angle, in f64
+            const double c = (double)base[0] * step[0] - (double)base[d / 2] * step[d / 2], s = (double)base[0] * step[d / 2] + (double)base[d / 2] * step[0];
             const double lo = xt[j], hi = xt[j + d / 2];
             xt[j] = lo * c - hi * s;
             xt[j + d / 2] = lo * s + hi * c;

@@ -44,9 +44,9 @@ struct Angles {
     explicit Angles(int d) {
         auto fill = [&](std::vector<float> &to, int rows, int tokens) {
             for (int r = 0; r < rows; r++)
-                for (int j = 0; j < d / 2; j++) {
-                    const double a = r * tokens * std::pow(10000.0, -2.0 * j / d);
-                    to.push_back((float)std::cos(a)), to.push_back((float)std::sin(a));
+                for (int i = 0; i < d; i++) {    // cosines, then sines
+                    const double a = r * tokens * std::pow(10000.0, -2.0 * (i % (d / 2)) / d);
+                    to.push_back((float)(i < d / 2 ? std::cos(a) : std::sin(a)));
                 }
         };
         fill(base, 8, KV_BLOCK), fill(step, KV_BLOCK, 1);
@@ -117,7 +117,7 @@ TEST_CASE("baselines: golden blocks, byte for byte, and a second reader agrees w
 
             std::vector<uint8_t> ours(golden.size(), 0xAA);
             const Angles angles(d);
-            cpu::seal_block(format, d, ours.data(), golden_input(d, kind).data(), {(bool)key, POS, {angles.base.data(), angles.step.data()}, 0, 1.0f});
+            cpu::seal_block(format, d, ours.data(), golden_input(d, kind).data(), {(bool)key, POS, {angles.base.data(), angles.step.data(), nullptr}, 0, 1.0f});
             CHECK(ours == golden);
 
             int wrong = 0;

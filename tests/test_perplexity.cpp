@@ -179,6 +179,19 @@ TEST_CASE("f16 against f16: no divergence at all") {
     CHECK((s.kl.mean == 0 && s.kl_p99 == 0 && s.ln_ratio.mean == 0 && s.delta_ppl.error == 0 && s.same_top.mean == 1));
 }
 
+TEST_CASE("every format keeps what the model says: keys or values that are lost cost a nat, the coarsest format a tenth") {
+    for (int f = 0; f < (int)KvFormat::count; f++) {
+        const double bits = kv_bits((KvFormat)f, books().config.head_dim);
+        for (const bool key : {false, true}) {
+            Options o = options_for(KvFormat::f16, 200);
+            (key ? o.kv.k_format : o.kv.v_format) = (KvFormat)f;
+            o.has_against = true, o.max_windows = 1;
+            INFO(kv_format_name((KvFormat)f), key ? " keys" : " values");
+            CHECK(summarize(run(o, 1), true).kl.mean < (bits > 8 ? 1e-3 : 0.2));
+        }
+    }
+}
+
 TEST_CASE("decoding token by token gives what coded prefill gives, in every format") {
     for (int f = 0; f < (int)KvFormat::count; f++) {
         Options o = options_for((KvFormat)f, 150);
