@@ -42,22 +42,23 @@ namespace reference {
 static void rebuild(double *x, KvFormat format, const uint8_t *block, const KvView &kv, int d, int t, bool key) {
     double plain[MAX_HEAD_DIM];
     const bool coded = format != KvFormat::f16;
-    with_format(format, d, [&](auto f) {
-        using Format = decltype(f);
-        const auto &b = *(const typename Format::Block *)block;
-        for (int c = 0; c < d; c++) {
+    bool rotated = false;
+    for (int c = 0; c < d; c++)    // one channel a dispatch: the compiler makes this for every format and head dimension
+        with_format(format, d, [&](auto f) {
+            using Format = decltype(f);
+            const auto &b = *(const typename Format::Block *)block;
             float a[1];
             Format::load_code(a, b, key ? kv.k_codebook : kv.v_codebook, t % KV_BLOCK, c), x[c] = a[0];
             Format::load_plain(a, b, t % KV_BLOCK, c), plain[c] = a[0];
-        }
-        if (Format::rotated && !(kv.ablate & NO_HADAMARD)) {
-            const int p = d & -d;    // R by its definition: entry (r, c) of H is -1 to the number of common bits
-            double y[MAX_HEAD_DIM] = {};
-            for (int r = 0; r < d; r++)
-                for (int c = r / p * p; c < r / p * p + p; c++) y[r] += (__builtin_popcount(r & c & (p - 1)) % 2 ? -x[c] : x[c]) / std::sqrt(p);
-            std::copy(y, y + d, x);
-        }
-    });
+            rotated = Format::rotated;
+        });
+    if (rotated && !(kv.ablate & NO_HADAMARD)) {
+        const int p = d & -d;    // R by its definition: entry (r, c) of H is -1 to the number of common bits
+        double y[MAX_HEAD_DIM] = {};
+        for (int r = 0; r < d; r++)
+            for (int c = r / p * p; c < r / p * p + p; c++) y[r] += (__builtin_popcount(r & c & (p - 1)) % 2 ? -x[c] : x[c]) / std::sqrt(p);
+        std::copy(y, y + d, x);
+    }
     for (int j = 0; j < d / 2; j++) {
         float c = 1, s = 0;
         if (key && !(coded && kv.ablate & NO_PRE_ROPE)) rope_angle(c, s, kv.rope, t, j, d);
