@@ -39,7 +39,7 @@ struct SlotStep { int slot, row0, pos0; };
 namespace reference {
 
 // Row t of one head as the formula says; key: with RoPE.
-static void rebuild(double *x, KvFormat format, const uint8_t *block, const KvView &kv, int d, int t, bool key) {
+static void rebuild(double *x, KvFormat format, const uint8_t *block, const int8_t *beside, const KvView &kv, int d, int t, bool key) {
     double plain[MAX_HEAD_DIM];
     const bool coded = format != KvFormat::f16;
     bool rotated = false;
@@ -48,7 +48,7 @@ static void rebuild(double *x, KvFormat format, const uint8_t *block, const KvVi
             using Format = decltype(f);
             const auto &b = *(const typename Format::Block *)block;
             float a[1];
-            Format::load_code(a, b, key ? kv.k_codebook : kv.v_codebook, t % KV_BLOCK, c), x[c] = a[0];
+            Format::load_code(a, b, beside, t % KV_BLOCK, c), x[c] = a[0];
             Format::load_plain(a, b, t % KV_BLOCK, c), plain[c] = a[0];
             rotated = Format::rotated;
         });
@@ -79,12 +79,12 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
                 const int i = t / KV_BLOCK;
                 if (i >= kv.sink && i < end)
                     return rebuild(x.data(), key ? kv.k_format : kv.v_format, key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i),
-                                   kv, d, t, key);
+                                   kv.beside(key, layer, slot, h, i), kv, d, t, key);
                 const f16 *from = t >= pos0 ? (key ? k16 : v16) + ((int64_t)(b.first[n] + t - pos0) * kv.Hkv + h) * d
                                             : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer, slot, h, i) + t % KV_BLOCK * d;
                 f16 one[KV_BLOCK * MAX_HEAD_DIM];    // an f16 block that holds this row alone
                 memcpy(one + t % KV_BLOCK * d, from, d * sizeof(f16));
-                rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, kv, d, t, key);
+                rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, nullptr, kv, d, t, key);
             };
             p.assign(b.pos[n] + 1, 0.0);
             for (int t = 0; t <= b.pos[n]; t++) {
@@ -215,9 +215,9 @@ static void load_scalars(Tile &tile, const ScalarFields &f, unsigned ablate, int
     for (int t = 0; t < KV_BLOCK; t++)
         for (int c = 0; c < f.d; c++) tile.code[t * stride + c] = f.at(t, c);
 }
-template <int D, int B, int T, int C, ScalarRule RULE, bool R>
-static void load_block(Tile &tile, Scalars<D, B, T, C, RULE, R> format, const typename Scalars<D, B, T, C, RULE, R>::Block &b, const int8_t *, unsigned ablate, int stride) {
-    load_scalars(tile, format.fields(const_cast<typename Scalars<D, B, T, C, RULE, R>::Block &>(b)), ablate, stride);
+template <int D, class Kind>
+static void load_block(Tile &tile, Scalars<D, Kind> format, const typename Scalars<D, Kind>::Block &b, const int8_t *beside, unsigned ablate, int stride) {
+    load_scalars(tile, format.fields(const_cast<typename Scalars<D, Kind>::Block &>(b), const_cast<int8_t *>(beside)), ablate, stride);
 }
 static void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, const int8_t *codebook, unsigned ablate, int d, int stride) {
     with_format(format, d, [&](auto f) { load_block(tile, f, *(const typename decltype(f)::Block *)block, codebook, ablate, stride); });
@@ -351,8 +351,8 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
         const bool sealed = i >= kv.sink && i < task.coded_end;
         const int k_fast = sealed ? fast_channels(kv, true) : 0, v_fast = sealed ? fast_channels(kv, false) : 0;
         if (sealed) {
-            if (!k_fast) load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.k_codebook, kv.ablate, d, stride);
-            if (!v_fast) load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.v_codebook, kv.ablate, d, stride);
+            if (!k_fast) load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.beside(true, layer, step.slot, task.h, i), kv.ablate, d, stride);
+            if (!v_fast) load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.beside(false, layer, step.slot, task.h, i), kv.ablate, d, stride);
         } else {
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);

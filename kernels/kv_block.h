@@ -38,12 +38,14 @@ constexpr int KV_BLOCK = 64;           // tokens that share one NSN mean, and on
 constexpr int MAX_HEAD_DIM = 256;
 
 enum class KvFormat : uint8_t {
-    f16, nsn1, nsn2, nsn2b, nsn4b, kivi2, q8, q4, tq2,
+    f16, nsn1, nsn2, nsn2b, nsn4b, kivi2, q8, q4, tq2, nqkv, deco4, xquant,
     count,           // of the names; below: what a name means for values where keys are kept otherwise
-    kivi2_values,
+    kivi2_values, xquant_values,
 };
 constexpr bool kv_has_cuda(KvFormat f) { return f < KvFormat::kivi2; }    // the yardsticks run on the CPU only
-constexpr KvFormat kv_side_format(KvFormat f, bool key) { return f == KvFormat::kivi2 && !key ? KvFormat::kivi2_values : f; }
+constexpr KvFormat kv_side_format(KvFormat f, bool key) {
+    return key ? f : f == KvFormat::kivi2 ? KvFormat::kivi2_values : f == KvFormat::xquant ? KvFormat::xquant_values : f;
+}
 
 // Steps of NSN that can be switched off to see what they buy (--ablate); 0 is the method.
 enum KvAblate : unsigned { NO_FIRST_NORM = 1, NO_SHIFT = 2, NO_HADAMARD = 4, NO_PRE_ROPE = 8, NO_SCALE = 16 };
@@ -176,12 +178,14 @@ static_assert(sizeof(Nsn1<128>::Block) == 1268 && sizeof(Nsn2<128>::Block) == 22
 static_assert(sizeof(Nsn2b<128>::Block) == 2232 && sizeof(Nsn4b<128>::Block) == 4280, "NsnBytes::Block is not the table above");
 static_assert(sizeof(Nsn2<48>::Block) == 64 * 12 + 128 + 36 + 24 + 8 && sizeof(Nsn4b<8>::Block) == 64 * 4 + 68 + 36 + 4 + 4, "padding");
 
-#include "kv_baselines.h"    // kivi2, q8, q4, tq2
+#include "kv_baselines.h"    // kivi2, q8, q4, tq2, nqkv, deco4, xquant
 
 // ---- the whole cache, as the kernels see it; owns nothing -------------------------------------------------
 struct KvView {
     KvFormat k_format, v_format;             // of kv_side_format
     int64_t k_block_bytes, v_block_bytes;    // sizeof(Block) for d
+    int64_t k_beside_bytes, v_beside_bytes;  // kv_beside_bytes
+    int k_share, v_share;                    // kv_share
     int L, B, Hkv, d;
     int n_blocks;                  // sealed blocks that the pool holds, for each layer
     int max_blocks;                // entries of a slot's block table
@@ -191,6 +195,7 @@ struct KvView {
     float k_exponent, v_exponent;  // of the scale correction, see seal in kv_write.cu
     const int8_t *k_codebook, *v_codebook;
     uint8_t *k_sealed, *v_sealed;  // (L, n_blocks, Hkv) Block
+    uint8_t *k_beside, *v_beside;  // deco4: (L, B) matrices; xquant: (layers with codes, n_blocks, Hkv) codes; else null
     f16 *k_exact, *v_exact;        // (L, B, sink + recent + 1, Hkv, KV_BLOCK, d)
     const int *table;              // (B, max_blocks)    block i of slot s is number table[s][i] of the pool
     RopeTable rope;
@@ -207,6 +212,15 @@ struct KvView {
     }
     HD uint8_t *k_block(int layer, int slot, int h, int i) const { return k_sealed + sealed_at(layer, slot, h, i) * k_block_bytes; }
     HD uint8_t *v_block(int layer, int slot, int h, int i) const { return v_sealed + sealed_at(layer, slot, h, i) * v_block_bytes; }
+    // What load_code needs beside the block: its codebook, deco4's matrix or xquant's codes.
+    HD int8_t *beside(bool key, int layer, int slot, int h, int i) const {
+        const KvFormat f = key ? k_format : v_format;
+        const int share = key ? k_share : v_share;
+        int8_t *all = (int8_t *)(key ? k_beside : v_beside);
+        if (!all) return const_cast<int8_t *>(key ? k_codebook : v_codebook);
+        const int64_t record = f == KvFormat::deco4 ? (int64_t)layer * B + slot : sealed_at(code_layer(share, layer), slot, h, i);
+        return all + record * (key ? k_beside_bytes : v_beside_bytes);
+    }
     // Element offset of the exact block i (KV_BLOCK, d) in k_exact and v_exact: sinks first, then a ring.
     HD int64_t exact_at(int layer, int slot, int h, int i) const {
         const int at = i < sink ? i : sink + (i - sink) % (recent + 1);
@@ -214,11 +228,11 @@ struct KvView {
     }
 };
 
-// Cosine and sine of the angle of position pos in channel pair j; d is the head dimension.
-HD void rope_angle(float &c, float &s, RopeTable table, int pos, int j, int d) {
+// Cosine and sine of the angle of position pos in channel pair j; d is the head dimension.  In double nothing is rounded.
+template <class Float> HD void rope_angle(Float &c, Float &s, RopeTable table, int pos, int j, int d) {
     const float *b = table.base + (int64_t)(pos / KV_BLOCK) * d + j, *r = table.step + (int64_t)(pos % KV_BLOCK) * d + j;
-    c = b[0] * r[0] - b[d / 2] * r[d / 2];
-    s = b[0] * r[d / 2] + b[d / 2] * r[0];
+    c = (Float)b[0] * r[0] - (Float)b[d / 2] * r[d / 2];
+    s = (Float)b[0] * r[d / 2] + (Float)b[d / 2] * r[0];
 }
 
 // ---- from run-time format and head dimension to a type ---------------------------------------------------
@@ -235,6 +249,10 @@ template <int D, class Function> auto with_format_at(KvFormat format, Function f
     case KvFormat::q8: return f(Q8<D>{});
     case KvFormat::q4: return f(Q4<D>{});
     case KvFormat::tq2: return f(Tq2<D>{});
+    case KvFormat::nqkv: return f(Nqkv<D>{});
+    case KvFormat::deco4: return f(Deco4<D>{});
+    case KvFormat::xquant: return f(XquantKeys<D>{});
+    case KvFormat::xquant_values: return f(XquantValues<D>{});
     case KvFormat::count: break;
     }
     refuse("KV format %d: unknown", (int)format);
@@ -256,4 +274,6 @@ int64_t kv_block_bytes(KvFormat f, int d);                     // sizeof(Block)
 const int8_t *kv_codebook(KvFormat f);                         // on the host, KV_CODEBOOK_BYTES; null if it has none
 float kv_scale_exponent(KvFormat f, bool key);                 // what its seal uses, see kv_write.cu
 constexpr int64_t KV_CODEBOOK_BYTES = 256 * 8;                 // of the largest
-inline double kv_bits(KvFormat f, int d) { return 8.0 * kv_block_bytes(f, d) / (KV_BLOCK * d); }    // per value, everything counted
+int64_t kv_beside_bytes(KvFormat f, int d);                    // deco4: of a matrix, xquant: of a block's codes; else 0
+int kv_share(KvFormat f, int L);                               // from this even layer on, odd layers use the codes of the layer below
+inline double kv_bits(KvFormat f, int d) { return 8.0 * kv_block_bytes(f, d) / (KV_BLOCK * d); }    // per value, of what is in blocks

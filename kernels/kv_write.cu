@@ -19,10 +19,12 @@
 #include "scalar_seal.h"
 
 // ---- names and sizes ----------------------------------------------------------------------------------
-static const char *const format_names[] = {"f16", "nsn1", "nsn2", "nsn2b", "nsn4b", "kivi2", "q8", "q4", "tq2"};
+static const char *const format_names[] = {"f16", "nsn1", "nsn2", "nsn2b", "nsn4b", "kivi2", "q8", "q4", "tq2", "nqkv", "deco4", "xquant"};
 static_assert(sizeof format_names / sizeof *format_names == (size_t)KvFormat::count, "one name a format");
 
-const char *kv_format_name(KvFormat f) { return format_names[(int)(f == KvFormat::kivi2_values ? KvFormat::kivi2 : f)]; }
+const char *kv_format_name(KvFormat f) {
+    return format_names[(int)(f == KvFormat::kivi2_values ? KvFormat::kivi2 : f == KvFormat::xquant_values ? KvFormat::xquant : f)];
+}
 
 KvFormat kv_format_from_name(const std::string &name) {
     std::string known;
@@ -47,6 +49,16 @@ const int8_t *kv_codebook(KvFormat f) {
     }
 }
 
+int64_t kv_beside_bytes(KvFormat f, int d) {
+    switch (f) {
+    case KvFormat::deco4: return (int64_t)basis_width(d) * basis_width(d) * (int64_t)sizeof(f16);
+    case KvFormat::xquant: return KV_BLOCK * d * 2 / 8;
+    case KvFormat::xquant_values: return KV_BLOCK * d * 1 / 8;
+    default: return 0;
+    }
+}
+int kv_share(KvFormat f, int L) { return f == KvFormat::xquant_values ? L / 4 * 2 : L + L % 2; }
+
 float kv_scale_exponent(KvFormat, bool) { return 1.0f; }
 
 // ---- reference: the CPU backend -----------------------------------------------------------------------
@@ -58,10 +70,9 @@ template <class Nsn> static void seal(Nsn nsn, typename Nsn::Block &block, const
     memset((void *)&block, 0, sizeof block);
     nsn_seal(nsn_fields(nsn, block), rows, place);
 }
-template <int D, int B, int T, int C, ScalarRule RULE, bool R>
-static void seal(Scalars<D, B, T, C, RULE, R> format, typename Scalars<D, B, T, C, RULE, R>::Block &block, const f16 *rows, const SealPlace &place) {
+template <int D, class Kind> static void seal(Scalars<D, Kind> format, typename Scalars<D, Kind>::Block &block, const f16 *rows, const SealPlace &place) {
     memset((void *)&block, 0, sizeof block);
-    scalar_seal(format.fields(block), rows, place);
+    scalar_seal(format.fields(block, place.beside), rows, place);
 }
 
 void seal_block(KvFormat format, int d, uint8_t *block, const f16 *rows, const SealPlace &place) {
@@ -85,20 +96,31 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
     for (int n = 0; n < b.N; n = last_row(b, n) + 1) {
         const int slot = b.slot[n], p0 = b.pos[n], p1 = b.pos[last_row(b, n)];
         const int begin = kv.coded_end(p0 - 1), end = kv.coded_end(p1);
+        auto gather = [&](f16 *x, bool key, int h, int i) {    // block i as rows (KV_BLOCK, d)
+            for (int t = i * KV_BLOCK; t < (i + 1) * KV_BLOCK; t++) {
+                const int64_t ring = kv.exact_at(layer, slot, h, i) + (int64_t)(t % KV_BLOCK) * d;
+                const int64_t row = ((int64_t)(n + t - p0) * Hkv + h) * d;
+                memcpy(x + (t % KV_BLOCK) * d, t < p0 ? (key ? kv.k_exact : kv.v_exact) + ring : (key ? k16 : v16) + row, d * sizeof(f16));
+            }
+        };
+        auto place = [&](bool key, int h, int i) {
+            const bool shares = layer >= (key ? kv.k_share : kv.v_share) && layer % 2;
+            return SealPlace{key, i * KV_BLOCK, kv.rope, kv.ablate, key ? kv.k_exponent : kv.v_exponent, kv.beside(key, layer, slot, h, i), shares};
+        };
+        for (bool key : {true, false})
+            if ((key ? kv.k_format : kv.v_format) == KvFormat::deco4 && begin == kv.sink && end > begin) {
+                std::vector<f16> x((size_t)Hkv * KV_BLOCK * d);    // once a sequence
+                for (int h = 0; h < Hkv; h++) gather(&x[(size_t)h * KV_BLOCK * d], key, h, begin);
+                learn_basis((f16 *)kv.beside(key, layer, slot, 0, begin), x.data(), Hkv, d, place(key, 0, begin));
+            }
 #pragma omp parallel for collapse(2) if (end > begin)
         for (int i = begin; i < end; i++)
             for (int h = 0; h < Hkv; h++) {
-                f16 x[2][KV_BLOCK * MAX_HEAD_DIM];
-                for (int t = i * KV_BLOCK; t < (i + 1) * KV_BLOCK; t++) {
-                    const int64_t ring = kv.exact_at(layer, slot, h, i) + (int64_t)(t % KV_BLOCK) * d;
-                    const int64_t row = ((int64_t)(n + t - p0) * Hkv + h) * d;
-                    const bool old = t < p0;
-                    memcpy(x[0] + (t % KV_BLOCK) * d, old ? kv.k_exact + ring : k16 + row, d * sizeof(f16));
-                    memcpy(x[1] + (t % KV_BLOCK) * d, old ? kv.v_exact + ring : v16 + row, d * sizeof(f16));
-                }
-                const SealPlace k_place = {true, i * KV_BLOCK, kv.rope, kv.ablate, kv.k_exponent}, v_place = {false, i * KV_BLOCK, kv.rope, kv.ablate, kv.v_exponent};
-                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x[0], k_place);
-                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x[1], v_place);
+                f16 x[KV_BLOCK * MAX_HEAD_DIM];
+                gather(x, true, h, i);
+                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x, place(true, h, i));
+                gather(x, false, h, i);
+                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x, place(false, h, i));
             }
     }
 }

@@ -28,6 +28,8 @@ struct SealPlace {
     RopeTable rope;
     unsigned ablate;
     float exponent;     // a of step 7
+    int8_t *beside = nullptr;    // KvView::beside of the block
+    bool shares = false;         // the codes there are another layer's: leave them
 };
 
 // RTN4: n values in 4 bits between their smallest and largest.  step and min are kept as f16, and the kept values decide.

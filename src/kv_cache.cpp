@@ -13,6 +13,8 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     KvView v{};
     v.k_format = kv_side_format(o.k_format, true), v.v_format = kv_side_format(o.v_format, false);
     v.k_block_bytes = kv_block_bytes(v.k_format, c.head_dim), v.v_block_bytes = kv_block_bytes(v.v_format, c.head_dim);
+    v.k_beside_bytes = kv_beside_bytes(v.k_format, c.head_dim), v.v_beside_bytes = kv_beside_bytes(v.v_format, c.head_dim);
+    v.k_share = kv_share(v.k_format, c.n_layers), v.v_share = kv_share(v.v_format, c.n_layers);
     v.L = c.n_layers, v.B = slots, v.Hkv = c.n_kv_heads, v.d = c.head_dim;
     v.max_blocks = (int)ceil_div(context, KV_BLOCK);
     v.sink = std::min(o.sink / KV_BLOCK, v.max_blocks), v.recent = std::min(o.recent / KV_BLOCK, v.max_blocks);
@@ -24,11 +26,16 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     return v;
 }
 
-struct Sizes { int64_t k_sealed, v_sealed, exact, table, rope_base, rope_step, codebooks; };
+struct Sizes { int64_t k_sealed, v_sealed, k_beside, v_beside, exact, table, rope_base, rope_step, codebooks; };
 static Sizes sizes_of(const KvView &v) {
     const int64_t blocks = (int64_t)v.L * v.n_blocks * v.Hkv;
+    auto beside = [&](KvFormat f, int share, int64_t bytes) {
+        return bytes * (f == KvFormat::deco4 ? (int64_t)v.L * v.B : (int64_t)code_layers(share, v.L) * v.n_blocks * v.Hkv);
+    };
     return {blocks * v.k_block_bytes,
             blocks * v.v_block_bytes,
+            beside(v.k_format, v.k_share, v.k_beside_bytes),
+            beside(v.v_format, v.v_share, v.v_beside_bytes),
             (int64_t)v.L * v.B * v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16),
             (int64_t)v.B * v.max_blocks * (int64_t)sizeof(int),
             (int64_t)v.max_blocks * v.d * (int64_t)sizeof(float),
@@ -38,11 +45,17 @@ static Sizes sizes_of(const KvView &v) {
 
 int64_t kv_cache_bytes(const Config &c, const KvOptions &o, int slots, int context) {
     const Sizes s = sizes_of(shape_of(c, o, slots, context));
-    return s.k_sealed + s.v_sealed + 2 * s.exact + s.table + s.rope_base + 2 * s.rope_step + s.codebooks;
+    return s.k_sealed + s.v_sealed + s.k_beside + s.v_beside + 2 * s.exact + s.table + s.rope_base + 2 * s.rope_step + s.codebooks;
 }
 
 double kv_bytes_per_token(const Config &c, const KvOptions &o) {
-    return (double)c.n_layers * c.n_kv_heads * (kv_block_bytes(o.k_format, c.head_dim) + kv_block_bytes(o.v_format, c.head_dim)) / KV_BLOCK;
+    double bytes = 0;
+    for (bool key : {true, false}) {
+        const KvFormat f = kv_side_format(key ? o.k_format : o.v_format, key);
+        bytes += (double)c.n_layers * kv_block_bytes(f, c.head_dim);
+        if (f != KvFormat::deco4) bytes += (double)code_layers(kv_share(f, c.n_layers), c.n_layers) * kv_beside_bytes(f, c.head_dim);    // its matrix is a sequence's
+    }
+    return bytes * c.n_kv_heads / KV_BLOCK;
 }
 
 void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOptions &o, int slots, int context) {
@@ -59,6 +72,8 @@ void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOpti
         return p;
     };
     v.k_sealed = (uint8_t *)take(s.k_sealed), v.v_sealed = (uint8_t *)take(s.v_sealed);
+    if (s.k_beside) v.k_beside = (uint8_t *)take(s.k_beside);
+    if (s.v_beside) v.v_beside = (uint8_t *)take(s.v_beside);
     v.k_exact = (f16 *)take(s.exact), v.v_exact = (f16 *)take(s.exact);
 
     const std::vector<double> freq = rope_frequencies(c);

@@ -11,7 +11,7 @@ double seconds_running() { return seconds_since(program_start); }
 static double mib(int64_t bytes) { return bytes / 1048576.0; }
 
 std::string kv_pair_name(const KvOptions &kv) { return std::string(kv_format_name(kv.k_format)) + "/" + kv_format_name(kv.v_format); }
-double kv_pair_bits(const KvOptions &kv, const Config &c) { return (kv_bits(kv.k_format, c.head_dim) + kv_bits(kv.v_format, c.head_dim)) / 2; }
+double kv_pair_bits(const KvOptions &kv, const Config &c) { return 8 * kv_bytes_per_token(c, kv) / (2.0 * c.n_layers * c.n_kv_heads * c.head_dim); }
 
 void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int slots, int context, int rows, int rows_out, bool quiet,
                      const KvOptions *against) {
@@ -38,7 +38,7 @@ void announce_memory(const Model &m, const Ops &ops, const KvOptions &kv, int sl
 int64_t step_bytes(const Model &m, const KvView &kv, int slots, int pos) {
     const int sealed = kv.coded_end(pos) - kv.sink, exact = pos + 1 - sealed * KV_BLOCK;
     const int64_t heads = (int64_t)kv.L * kv.Hkv;
-    return m.step_bytes + slots * heads * (sealed * (kv.k_block_bytes + kv.v_block_bytes) + (int64_t)exact * kv.d * 2 * (int64_t)sizeof(f16));
+    return m.step_bytes + slots * heads * (sealed * (kv.k_block_bytes + kv.v_block_bytes + kv.k_beside_bytes + kv.v_beside_bytes) + (int64_t)exact * kv.d * 2 * (int64_t)sizeof(f16));
 }
 
 uint64_t hash_bytes(const void *data, size_t n) {

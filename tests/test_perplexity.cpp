@@ -187,7 +187,7 @@ TEST_CASE("every format keeps what the model says: keys or values that are lost 
             (key ? o.kv.k_format : o.kv.v_format) = (KvFormat)f;
             o.has_against = true, o.max_windows = 1;
             INFO(kv_format_name((KvFormat)f), key ? " keys" : " values");
-            CHECK(summarize(run(o, 1), true).kl.mean < (bits > 8 ? 1e-3 : 0.2));
+            CHECK(summarize(run(o, 1), true).kl.mean < (bits > 8 ? 1e-3 : (KvFormat)f == KvFormat::xquant ? 0.3 : 0.2));    // xquant: two layers share one bit
         }
     }
 }

@@ -6,7 +6,8 @@
 The rules are those of the table in kernels/kv_baselines.h, the byte offsets too.  The inputs are those of
 make_nsn_golden.py: small integers times powers of two, exact in fp16, from a formula that the test repeats.
 
-<format>.bin, little-endian, for every case in order:  u32 d, u32 key, u32 kind, u32 bytes, the block.
+<format>.bin, little-endian, for every case in order:  u32 d, u32 key, u32 kind, u32 bytes, u32 beside, the block, and what
+is beside it: deco4's matrix, learned from this very block; xquant's codes.
 """
 import os
 import struct
@@ -88,25 +89,71 @@ def tq2(x):
     return (np.abs(x[..., None] / scale - LEVELS2).argmin(-1) if scale else 0 * x), scale
 
 
-#          bits, rotated, group (tokens, channels) for keys, values; encode(group) -> codes, scale[, zero]
-FORMATS = {"kivi2": (2, False, (32, 1), (1, 32), min_max(2)),
-           "q8": (8, True, (1, 32), (1, 32), q8),
-           "q4": (4, True, (1, 32), (1, 32), q4),
-           "tq2": (2, True, (1, 256), (1, 256), tq2)}
+def calibrated(bits, eta):
+    plain = min_max(bits)
+    def encode(x):
+        q, scale, zero = plain(x)
+        return q, half((1 - 2 * eta) * scale), half(zero + eta * scale * (2**bits - 1))
+    return encode
+
+
+NF4 = np.array([-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302,
+                0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1], dtype=np.float32).astype(float)
+
+
+def nqkv(x):
+    scale = half(np.abs(x).max())
+    return (np.abs(x[..., None] / scale - NF4).argmin(-1) if scale else 0 * x), scale
+
+
+def absmax4(x):
+    scale = half(np.abs(x).max() / 7)
+    return (np.clip(np.rint(x / scale) + 8, 0, 15) if scale else 0 * x), scale
+
+
+def matrix(rows, w):
+    """S V^T / sqrt(n) of the rows of w channels; largest first, the largest entry of a row positive."""
+    x = rows.reshape(-1, w)
+    values, vectors = np.linalg.eigh(x.T @ x / len(x))
+    order = np.argsort(-values, kind="stable")
+    m = np.sqrt(np.maximum(values[order], 0))[:, None] * vectors[:, order].T
+    m *= np.sign(m[np.arange(w), np.abs(m).argmax(1)])[:, None]
+    return np.vectorize(half)(m)
+
+
+#          bits (K, V), rotated, group (tokens, channels) for K, V; encode(group) -> codes, scale[, zero] for K, V
+FORMATS = {"kivi2": ((2, 2), False, ((32, 1), (1, 32)), (min_max(2), min_max(2))),
+           "q8": ((8, 8), True, ((1, 32), (1, 32)), (q8, q8)),
+           "q4": ((4, 4), True, ((1, 32), (1, 32)), (q4, q4)),
+           "tq2": ((2, 2), True, ((1, 256), (1, 256)), (tq2, tq2)),
+           "nqkv": ((4, 4), False, None, (nqkv, nqkv)),
+           "deco4": ((4, 4), False, ((1, 256), (1, 256)), (absmax4, absmax4)),
+           "xquant": ((2, 1), False, ((64, 1), (1, 128)), (calibrated(2, 0.045), calibrated(1, 1 / 6)))}
+HAS_ZERO = ("kivi2", "xquant")
 
 
 def block(name, d, key, kind):
-    bits, rotated, k_group, v_group, encode = FORMATS[name]
-    tokens, channels = k_group if key else v_group
+    bits, rotated, groups, encoders = FORMATS[name]
+    side = 0 if key else 1
+    bits, encode = bits[side], encoders[side]
+    tokens, channels = groups[side] if groups else (2 ** int(np.log2(256 / d)), d)      # nqkv: 256 values at most
     rows = inputs(d, kind)
+    w = 16 if d % 16 == 0 else 8
     if kind == NOT_A_NUMBER:      # codes 0, scales NaN, zeros 0
         n = BLOCK // tokens * -(-d // channels)
-        zeros = bytes(2 * n) if name == "kivi2" else b""
-        return bytes(BLOCK * d * bits // 8) + np.full(n, 0x7e00, "<u2").tobytes() + zeros
+        nans = lambda n: np.full(n, 0x7e00, "<u2").tobytes()
+        codes, numbers = bytes(BLOCK * d * bits // 8), nans(n) + (bytes(2 * n) if name in HAS_ZERO else b"")
+        return (numbers, codes) if name == "xquant" else (codes + numbers, nans(w * w) if name == "deco4" else b"")
     if key:
         rows = rope(rows)
     if rotated:
         rows = hadamard(rows)
+    beside = b""
+    if name == "deco4":
+        m = matrix(rows, w)
+        beside = m.astype("<f2").tobytes()
+        norm = (m * m).sum(1)
+        rows = (rows.reshape(-1, w) @ m.T * np.divide(1, norm, out=np.zeros(w), where=norm > 0)).reshape(BLOCK, d)
     code, kept = np.zeros((BLOCK, d), int), []
     for t in range(0, BLOCK, tokens):
         for c in range(0, d, channels):
@@ -115,11 +162,14 @@ def block(name, d, key, kind):
             kept.append(numbers)
     # Lowest bits first: spread every code over its bits, then pack eight bits a byte.
     spread = (code[:, :, None] >> np.arange(bits) & 1).reshape(-1).astype(np.uint8)
-    return np.packbits(spread, bitorder="little").tobytes() + np.array(kept).T.astype("<f2").tobytes()
+    codes, numbers = np.packbits(spread, bitorder="little").tobytes(), np.array(kept).T.astype("<f2").tobytes()
+    return (numbers, codes) if name == "xquant" else (codes + numbers, beside)
 
 
 for name in FORMATS:
     with open(os.path.join(HERE, "baselines", name + ".bin"), "wb") as f:
         for d, key, kind in CASES:
-            b = block(name, d, key, kind)
-            f.write(struct.pack("<4I", d, key, kind, len(b)) + b)
+            if name == "deco4" and kind in (CONSTANT, ONE_HOT, HUGE, TINY) and not key:
+                continue      # equal eigenvalues: any basis of their space is right
+            b, beside = block(name, d, key, kind)
+            f.write(struct.pack("<5I", d, key, kind, len(b), len(beside)) + b + beside)
