@@ -62,15 +62,15 @@ double read_f16(const uint8_t *p) {
 }
 double read_value(const uint8_t *b, const uint8_t *beside, KvFormat format, int d, bool key, int t, int c) {
     const int row = 64 * d, short_rows = (d + 31) / 32;    // values of a block; groups of 32 channels in a row
-    const int two_bits = b[(t * d + c) / 4] >> (c % 4 * 2) & 3;
+    auto two_bits = [&] { return b[(t * d + c) / 4] >> (c % 4 * 2) & 3; };    // not every block holds codes
     switch (format) {
     case KvFormat::kivi2: {
         const int groups = key ? 2 * d : 64 * short_rows, g = key ? t / 32 * d + c : t * short_rows + c / 32;
-        return read_f16(b + row / 4 + 2 * groups + 2 * g) + two_bits * read_f16(b + row / 4 + 2 * g);
+        return read_f16(b + row / 4 + 2 * groups + 2 * g) + two_bits() * read_f16(b + row / 4 + 2 * g);
     }
     case KvFormat::q8: return (b[t * d + c] - 128) * read_f16(b + row + 2 * (t * short_rows + c / 32));
     case KvFormat::q4: return ((b[(t * d + c) / 2] >> (c % 2 * 4) & 15) - 8) * read_f16(b + row / 2 + 2 * (t * short_rows + c / 32));
-    case KvFormat::tq2: return (two_bits < 2 ? -1 : 1) * (two_bits == 0 || two_bits == 3 ? 1.5104 : 0.4528) * read_f16(b + row / 4 + 2 * t);
+    case KvFormat::tq2: return (two_bits() < 2 ? -1 : 1) * (two_bits() == 0 || two_bits() == 3 ? 1.5104 : 0.4528) * read_f16(b + row / 4 + 2 * t);
     case KvFormat::nqkv: {
         static const double nf4[] = {-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1};
         const int tokens = d > 128 ? 1 : d > 64 ? 2 : d > 32 ? 4 : d > 16 ? 8 : d > 8 ? 16 : 32;
