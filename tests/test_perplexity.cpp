@@ -194,7 +194,7 @@ TEST_CASE("every format keeps what the model says: keys or values that are lost 
 
 TEST_CASE("decoding token by token gives what coded prefill gives, in every format") {
 #ifdef __SANITIZE_ADDRESS__
-    constexpr int EVERY = 4;    // under the sanitizer a format takes half a minute
+    constexpr int EVERY = 4;    // the sanitizer makes every one of them slow
 #else
     constexpr int EVERY = 1;
 #endif
