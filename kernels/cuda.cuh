@@ -81,4 +81,7 @@ __device__ inline void hadamard_warp(float *x, int d) {
 // Scratch of one op, see the pages.
 int64_t attention_work_bytes(const StepShape &shape);
 int64_t matmul_work_bytes(const StepShape &shape);
+// attention_decode.cu: steps with one row a slot; false: not a step it serves.
+bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
+int64_t attention_decode_work_bytes(const StepShape &shape);
 }    // namespace cuda

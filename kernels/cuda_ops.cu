@@ -101,7 +101,7 @@ constexpr int ROW_INTS = 10;    // of a row, in the arrays below
 static int64_t rows_bytes(int64_t N) { return ceil_div(N * ROW_INTS * (int64_t)sizeof(int), 256) * 256; }
 
 static int64_t scratch_bytes(const StepShape &shape) {
-    return rows_bytes(shape.N) + std::max(attention_work_bytes(shape), matmul_work_bytes(shape));
+    return rows_bytes(shape.N) + std::max({attention_work_bytes(shape), attention_decode_work_bytes(shape), matmul_work_bytes(shape)});
 }
 
 static Batch begin(const Batch &host, void *scratch) {
