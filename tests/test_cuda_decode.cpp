@@ -1,0 +1,62 @@
+// test_cuda_decode.cpp - decode attention on the GPU (attention_decode.cu) against the f64 reference, on the CPU's codes.
+#include "cuda_case.h"
+
+constexpr double DECODE_BOUND = 1e-3;    // of the design: 16-bit queries and weights, f16 cosines
+
+static bool served(KvFormat k, KvFormat v) { return (k == KvFormat::f16) == (v == KvFormat::f16); }
+
+TEST_CASE("cuda decode: every format, head shape and length against the f64 reference") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (int d : {64, 128})
+        for (int k = 0; kv_has_cuda((KvFormat)k); k++)
+            for (int v = 0; kv_has_cuda((KvFormat)v); v++) {
+                if (!served((KvFormat)k, (KvFormat)v)) continue;
+                double worst = 0;
+                for (int G : {1, 2, 3, 4, 5, 8})
+                    for (int blocks : {0, 1}) {
+                        if (k != v && (G != 3 || blocks)) continue;
+                        KvOptions o;
+                        o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
+                        o.sink = blocks * KV_BLOCK, o.recent = 2 * blocks * KV_BLOCK;
+                        BothCaches s(*gpu, attention_config(G == 1 ? 3 : 1, G, d), {1, 63, 64, 65, 127, 128, 129, G == 4 && k == v ? 1000 : 330}, o, d + k + G);
+                        std::vector<float> want;
+                        s.step(s.ends(2), nullptr);
+                        for (int back : {1, 0}) {
+                            const std::vector<float> got = s.step(s.ends(back), &want, true, true);
+                            const double error = relative_l2(got, want);
+                            INFO("d ", d, " K ", kv_format_name((KvFormat)k), " V ", kv_format_name((KvFormat)v), " G ", G, " sink ", o.sink);
+                            CHECK(error < DECODE_BOUND);
+                            worst = std::max(worst, error);
+                        }
+                    }
+                MESSAGE("d ", d, " K ", std::string(kv_format_name((KvFormat)k)), " V ", std::string(kv_format_name((KvFormat)v)), ": largest relative error ", worst);
+            }
+}
+
+TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b, KvFormat::nsn2}) {
+        KvOptions o;
+        o.k_format = o.v_format = f;
+        const Config c = attention_config(2, 4, 128);
+        const std::vector<int> lengths = {1089, 5, 200, 64, 129, 700, 1, 333};
+        auto run = [&](const std::vector<int> &which) {
+            std::vector<int> of;
+            for (int w : which) of.push_back(lengths[w]);
+            BothCaches s(*gpu, c, of, o);
+            for (size_t i = 0; i < which.size(); i++) {
+                s.q[i] = random_floats((size_t)of[i] * c.n_heads * 128, 100 + which[i], 2.0f);
+                s.k[i] = random_floats((size_t)of[i] * c.n_kv_heads * 128, 200 + which[i]);
+                s.v[i] = random_floats((size_t)of[i] * c.n_kv_heads * 128, 300 + which[i]);
+            }
+            s.step(s.ends(1), nullptr, false);
+            return s.step(s.ends(0), nullptr, false);
+        };
+        const std::vector<float> all = run({0, 1, 2, 3, 4, 5, 6, 7});
+        CHECK(run({0, 1, 2, 3, 4, 5, 6, 7}) == all);
+        const size_t row = (size_t)c.n_heads * 128;
+        for (int w = 0; w < 8; w++) CHECK(same_bits(run({w}).data(), &all[w * row], row));
+    }
+}
