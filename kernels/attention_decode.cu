@@ -30,8 +30,9 @@ constexpr int GPU_WARPS = 132 * CODE_WARPS;       // of an H100; a constant, so 
 constexpr uint32_t TABLE = 65536;                 // shared address of the codebook: its low 16 bits are free for a code and a lane
 
 // Blocks of a segment when there are n, in a step of `rows` rows of Hkv heads and `chunks` groups of queries.
+HD int decode_parts(int rows, int heads) { return rows <= FEW ? GPU_WARPS / heads : 4 * GPU_WARPS / (rows * heads); }
 HD int decode_segment(int n, int rows, int heads) {
-    const int want = GPU_WARPS / ((rows <= FEW ? 1 : rows) * heads), parts = want < 1 ? 1 : want > MAX_PARTS ? MAX_PARTS : want;
+    const int want = decode_parts(rows, heads), parts = want < 1 ? 1 : want > MAX_PARTS ? MAX_PARTS : want;
     return (n + parts - 1) / parts > 0 ? (n + parts - 1) / parts : 1;
 }
 
@@ -143,6 +144,7 @@ __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *cod
 }
 // One copy of codeword k for every lane that reads it alone.
 template <int C> __device__ void fill_table(uint32_t table, const int8_t *codebook) {
+#pragma unroll 8
     for (int i = threadIdx.x; i < 256 * 32; i += CODE_THREADS) {
         const int k = i / 32, word = i % 32;
         uint32_t v = 0;
@@ -175,6 +177,7 @@ template <class K, class V> __global__ void __launch_bounds__(CODE_THREADS, 1) d
     Scratch &s = *((Scratch *)(shared + 2 * TABLE - origin) + warp);    // behind the codebook
     fill_table<K::channels>(TABLE, kv.k_codebook);
     fill_table<V::channels>(TABLE + 128, kv.v_codebook);
+#pragma unroll 4
     for (int i = threadIdx.x; i < 4 * (D / 16) * 32; i += CODE_THREADS) {
         const int l = i % 32, step = i / 32 % (D / 16), tile = i / 32 / (D / 16), pair = step / 2 * 16 + l % 4 * 4 + step % 2 * 2;
         auto at = [&](int row, int j) { return half2_bits(kv.rope.step[(16 * tile + row) * D + j], kv.rope.step[(16 * tile + row) * D + D / 2 + j]); };
@@ -198,8 +201,16 @@ template <class K, class V> __global__ void __launch_bounds__(CODE_THREADS, 1) d
         const float2 unit = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][2 * PAIRS] = {};
         __syncwarp();
+        // A block's lines come to L2 while the one before it is worked on.
+        auto prefetch = [&](int i) {
+            const uint8_t *k = kv.k_block(a.layer, slot, h, i), *v = kv.v_block(a.layer, slot, h, i);
+            for (int at = lane * 128; at < (int)sizeof(typename K::Block); at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(k + at));
+            for (int at = lane * 128; at < (int)sizeof(typename V::Block); at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(v + at));
+        };
+        if (begin + 1 < end) prefetch(begin + 1);
 
         for (int i = begin; i < end; i++) {
+            if (i + 2 < end) prefetch(i + 2);
             const typename K::Block &kb = *(const typename K::Block *)kv.k_block(a.layer, slot, h, i);
             const typename V::Block &vb = *(const typename V::Block *)kv.v_block(a.layer, slot, h, i);
             uint32_t kc[8][KW], ks[8][KW], vc[16][VW], vs[16][VW];
@@ -455,14 +466,27 @@ template <int D> __global__ void __launch_bounds__(32) decode_merge_kernel(Decod
     const int coded_segment = decode_segment(coded, a.b.N, heads), exact_segment = decode_segment(exact, a.b.N, heads);
     const int n_coded = coded > 0 ? (coded + coded_segment - 1) / coded_segment : 0, n_exact = (exact + exact_segment - 1) / exact_segment;
     float m = -INFINITY, l = 0, o[2][D / 32] = {};
-    for (int i = 0; i < n_coded + n_exact; i++) {
-        const int64_t at = query * 2 * MAX_PARTS + (i < n_coded ? i : MAX_PARTS + i - n_coded);
-        const float2 ml = a.part_ml[at];
-        const float top = fmaxf(m, ml.x), wa = exp2f(m - top), wb = exp2f(ml.x - top);
-        m = top, l = fmaf(ml.y, wb, l * wa);
-        for (int c = 0; c < D / 32; c++) {
-            o[0][c] = i < n_coded ? fmaf(a.part_o[at * 2 * D + c * 32 + lane], wb, o[0][c] * wa) : o[0][c] * wa;
-            o[1][c] = fmaf(a.part_o[(at * 2 + 1) * D + c * 32 + lane], wb, o[1][c] * wa);
+    constexpr int AT_ONCE = 8;    // segments whose loads are in flight together
+    const int n_parts = n_coded + n_exact;
+    for (int i0 = 0; i0 < n_parts; i0 += AT_ONCE) {
+        float2 ml[AT_ONCE];
+        float x[AT_ONCE][2][D / 32];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int i = min(i0 + j, n_parts - 1);
+            const int64_t at = query * 2 * MAX_PARTS + (i < n_coded ? i : MAX_PARTS + i - n_coded);
+            ml[j] = i0 + j < n_parts ? a.part_ml[at] : make_float2(-INFINITY, 0.0f);
+            for (int c = 0; c < D / 32; c++) {
+                x[j][0][c] = i < n_coded ? a.part_o[at * 2 * D + c * 32 + lane] : 0.0f;
+                x[j][1][c] = a.part_o[(at * 2 + 1) * D + c * 32 + lane];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+            const float top = fmaxf(m, ml[j].x), wa = exp2f(m - top), wb = exp2f(ml[j].x - top);
+            m = top, l = fmaf(ml[j].y, wb, l * wa);
+            for (int half = 0; half < 2; half++)
+                for (int c = 0; c < D / 32; c++) o[half][c] = fmaf(x[j][half][c], wb, o[half][c] * wa);
         }
     }
     __shared__ float code[D];
@@ -497,7 +521,7 @@ template <int D> static bool launch(DecodeArgs &a, int sms) {
     CUDA_CHECK(cudaGetLastError());
     const int heads = kv.Hkv * a.chunks, parts_most = (int)ceil_div(kv.max_blocks, decode_segment(kv.max_blocks, a.b.N, heads));
     // A shorter row may have more segments than the longest: one block each.
-    a.parts = std::max(parts_most, std::min({kv.max_blocks, MAX_PARTS, std::max(1, GPU_WARPS / ((a.b.N <= FEW ? 1 : a.b.N) * heads))}));
+    a.parts = std::max(parts_most, std::min({kv.max_blocks, MAX_PARTS, std::max(1, decode_parts(a.b.N, heads))}));
     if (!exact_only && kv.n_blocks > 0)
         with_format_at<D>(kv.k_format, [&](auto k) {
             with_format_at<D>(kv.v_format, [&](auto v) {
