@@ -325,6 +325,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
         const int n_blocks = step.pos[t.row] / KV_BLOCK + 1;
         if (a.split) n_segments = std::max(n_segments, (int)ceil_div(n_blocks, segment_blocks(n_blocks)));
     }
+    if (a.split && step.single_rows()) n_segments = std::min(MAX_SEGMENTS, (int)ceil_div(kv.max_blocks, MIN_SEGMENT));    // a launch that graphs repeat
     if (a.split) a.part_ml = (float2 *)(a.part_o + (int64_t)b.N * Hq * MAX_SEGMENTS * 2 * d);
     const bool few = tile_rows * a.G <= 8;
     if (d > 128) launch<256, 8>(a, n_tiles, tile_rows, n_segments);

@@ -64,6 +64,32 @@ static void download(void *host, const void *from, size_t bytes) {
     CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
+// ---- weights ----------------------------------------------------------------------------------------------
+// f16 has three bits more than bf16 and a smaller range: 65,504 to 2^-24.  A weight of 2^-14 or more becomes the same number,
+// a smaller one is rounded to a multiple of 2^-24.  Then activations can be f16 too, and many rows are one product of tensor
+// cores instead of two (matmul.cu).
+__global__ void fits_f16_kernel(const bf16 *w, int64_t n, int *too_large) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
+        if (!(fabsf(to_f32(w[i])) < 65520.0f)) *too_large = 1;
+}
+__global__ void bf16_to_f16_kernel(uint16_t *w, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) w[i] = to_f16(to_f32(bf16{w[i]})).bits;
+}
+
+static bool bf16_to_f16(void *w, int64_t n) {
+    int *const on_device = (int *)alloc(sizeof(int)), blocks = (int)std::min<int64_t>(ceil_div(n, 256), 4096);
+    int too_large = 0;
+    upload(on_device, &too_large, sizeof too_large);
+    fits_f16_kernel<<<blocks, 256, 0, stream>>>((const bf16 *)w, n, on_device);
+    CUDA_CHECK(cudaGetLastError());
+    download(&too_large, on_device, sizeof too_large);
+    release(on_device);
+    if (too_large) return false;
+    bf16_to_f16_kernel<<<blocks, 256, 0, stream>>>((uint16_t *)w, n);
+    CUDA_CHECK(cudaGetLastError());
+    return true;
+}
+
 // ---- read bandwidth -------------------------------------------------------------------------------------
 // The xor of everything, so that no load can be left out; 4 x 16 bytes in flight a thread.
 __global__ void __launch_bounds__(512) read_kernel(const uint4 *p, int64_t n, unsigned *sum) {
@@ -219,9 +245,9 @@ __global__ void nothing_kernel() {}
 const Ops *cuda_ops(std::string *why_not) {
     using namespace cuda;
     static const Ops ops = {
-        "cuda",        alloc, release, upload,  download,   available, read_gb_s,
-        scratch_bytes, begin, replay,  end,
-        embed,         gather, rmsnorm, matmul, matmul_add, qkv,       gated,
+        "cuda",        alloc,    release,   upload,  download,   available, bf16_to_f16, read_gb_s,
+        scratch_bytes, begin,    replay,    end,
+        embed,         gather,   rmsnorm,   matmul,  matmul_add, qkv,       gated,
         rope,          kv_write, attention, kv_keep,
     };
     if (stream) return &ops;

@@ -14,7 +14,8 @@
    On CUDA   Up to GEMV_ROWS rows: a kernel of ours at memory speed, f32 activations, one order of addition for any number
              of rows; products of one x are one launch, and what is done with a result (add, gate) happens where it is.
              More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
-             split into two bf16 numbers for bf16, each with a product of its own.  cuBLAS chooses its order by the
+             split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
+             wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the
              shape, so there, and only there, a row's last bits depend on the number of rows.
              Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
              the PPL of books-5m moves by 0.037%; with two by 0.0005%.

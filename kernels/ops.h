@@ -57,6 +57,8 @@ struct Ops {
     void  (*upload)  (void *to, const void *host, size_t bytes);
     void  (*download)(void *host, const void *from, size_t bytes);  // waits for all earlier work
     int64_t (*available)();                                         // bytes that alloc could still give; -1 when nobody says
+    // n weights in bf16, where they lie, become f16 if that is better for this backend and all of them fit; says whether.
+    bool    (*bf16_to_f16)(void *w, int64_t n);
     double  (*read_gb_s)(const void *p, int64_t bytes, int times);  // how fast p is read, GB/s: the best of `times` passes
 
     // A step begins: its rows move to where the ops below read them, until the next step begins.  scratch has
