@@ -70,6 +70,7 @@ __device__ inline void wait_for_inputs() {
 #endif
 }
 extern bool starts_early;    // the device can
+extern int sm_count;
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -28,6 +28,7 @@ namespace cuda {
 
 cudaStream_t stream;
 bool starts_early;
+int sm_count;
 Step step;
 
 static void forget_steps();
@@ -107,8 +108,6 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4 *p, int64_t n, un
 }
 
 static double read_gb_s(const void *p, int64_t bytes, int times) {
-    int sms;
-    CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     cudaEvent_t start, stop;
     CUDA_CHECK(cudaEventCreate(&start));
     CUDA_CHECK(cudaEventCreate(&stop));
@@ -117,7 +116,7 @@ static double read_gb_s(const void *p, int64_t bytes, int times) {
     double best = 0;
     for (int i = 0; i < times + 1; i++) {    // the first is not timed: it loads the kernel
         CUDA_CHECK(cudaEventRecord(start, stream));
-        read_kernel<<<2 * sms, 512, 0, stream>>>((const uint4 *)p, bytes / 16, sum);
+        read_kernel<<<2 * sm_count, 512, 0, stream>>>((const uint4 *)p, bytes / 16, sum);
         CUDA_CHECK(cudaGetLastError());
         CUDA_CHECK(cudaEventRecord(stop, stream));
         CUDA_CHECK(cudaEventSynchronize(stop));
@@ -268,6 +267,7 @@ const Ops *cuda_ops(std::string *why_not) {
         return nullptr;
     }
     starts_early = device.major >= 9;
+    sm_count = device.multiProcessorCount;
     return &ops;
 }
 #endif
