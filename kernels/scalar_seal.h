@@ -20,13 +20,20 @@ HD f16 kept(double v) {
 }
 
 // ---- a group ----------------------------------------------------------------------------------------------
+// The tokens and channels of group g.
+struct GroupSpan { int t0, t1, c0, c1; };
+HD GroupSpan group_span(const ScalarFields &f, int g) {
+    const int t0 = g / f.groups_across() * f.tokens, c0 = g % f.groups_across() * f.channels, c1 = c0 + f.channels;
+    return {t0, t0 + f.tokens, c0, c1 < f.d ? c1 : f.d};
+}
+
 // Step 2 for group g of x (KV_BLOCK, d): into f.scale[g] and f.zero[g].
 HD void keep_scale(const ScalarFields &f, const double *x, int g) {
-    const int d = f.d, t0 = g / f.groups_across() * f.tokens, c0 = g % f.groups_across() * f.channels, c1 = c0 + f.channels < d ? c0 + f.channels : d;
-    double lo = x[t0 * d + c0], hi = lo, extreme = lo, squares = 0, scale = 0;
-    for (int t = t0; t < t0 + f.tokens; t++)
-        for (int c = c0; c < c1; c++) {
-            const double v = x[t * d + c];
+    const GroupSpan s = group_span(f, g);
+    double lo = x[s.t0 * f.d + s.c0], hi = lo, extreme = lo, squares = 0, scale = 0;
+    for (int t = s.t0; t < s.t1; t++)
+        for (int c = s.c0; c < s.c1; c++) {
+            const double v = x[t * f.d + c];
             lo = v < lo ? v : lo, hi = hi < v ? v : hi;
             if (std::fabs(v) > std::fabs(extreme)) extreme = v;
             squares += v * v;
@@ -35,32 +42,31 @@ HD void keep_scale(const ScalarFields &f, const double *x, int g) {
     case ScalarRule::min_max: case ScalarRule::calibrated: scale = (hi - lo) / ((1 << f.bits) - 1); break;
     case ScalarRule::absmax: scale = std::fabs(extreme) / ((1 << (f.bits - 1)) - 1); break;
     case ScalarRule::extreme: scale = -extreme / (1 << (f.bits - 1)); break;
-    case ScalarRule::normal4: scale = std::sqrt(squares / (f.tokens * (c1 - c0))); break;
+    case ScalarRule::normal4: scale = std::sqrt(squares / ((s.t1 - s.t0) * (s.c1 - s.c0))); break;
     case ScalarRule::nf4: scale = std::fabs(extreme); break;
     }
     f.scale[g] = kept(scale);
     if (f.zero) f.zero[g] = kept(lo + 0.0);    // + 0: never -0
 }
+HD double kept_scale(const ScalarFields &f, int g) { return to_f32(f.scale[g]); }
+HD double kept_zero(const ScalarFields &f, int g) { return f.zero ? to_f32(f.zero[g]) : 0.0; }
 
-// Step 3: the code of x[t][c].
-HD int scalar_code(const ScalarFields &f, const double *x, int t, int c) {
-    const int g = f.group(t, c), last = (1 << f.bits) - 1;
-    const double scale = to_f32(f.scale[g]), zero = f.zero ? to_f32(f.zero[g]) : 0.0;
-    if (scale == 0) return 0;
-    const double v = (x[t * f.d + c] - zero) / scale;
-    if (f.rule != ScalarRule::normal4 && f.rule != ScalarRule::nf4) {
-        const double q = std::nearbyint(v - scalar_level(f.rule, f.bits, 0));
+// Step 3: the code of x, which is (value - zero) / scale.
+HD int scalar_code(ScalarRule rule, int bits, double x) {
+    const int last = (1 << bits) - 1;
+    if (rule != ScalarRule::normal4 && rule != ScalarRule::nf4) {
+        const double q = std::nearbyint(x - scalar_level(rule, bits, 0));
         return q > 0 ? (q < last ? (int)q : last) : 0;
     }
     int best = 0;
     for (int q = 1; q <= last; q++)
-        if (std::fabs(v - scalar_level(f.rule, f.bits, q)) < std::fabs(v - scalar_level(f.rule, f.bits, best))) best = q;
+        if (std::fabs(x - scalar_level(rule, bits, q)) < std::fabs(x - scalar_level(rule, bits, best))) best = q;
     return best;
 }
 
 // Step 4 for group g, when its codes are chosen.
 HD void calibrate_scale(const ScalarFields &f, int g) {
-    const double eta = f.bits == 1 ? 1.0 / 6 : 0.045, scale = to_f32(f.scale[g]), zero = to_f32(f.zero[g]);
+    const double eta = f.bits == 1 ? 1.0 / 6 : 0.045, scale = kept_scale(f, g), zero = kept_zero(f, g);
     f.zero[g] = kept(zero + eta * scale * ((1 << f.bits) - 1)), f.scale[g] = kept((1 - 2 * eta) * scale);
 }
 
@@ -177,12 +183,16 @@ inline void scalar_seal(const ScalarFields &f, const f16 *rows, const SealPlace 
         for (int i = 0; i < w; i++) inverse[i] = inverse_square(f.basis + i * w, w);
         for (int r = 0; r < KV_BLOCK * d; r += w) whiten(x + r, m, inverse, w);
     }
-    for (int g = 0; g < groups; g++) keep_scale(f, x, g);
-    for (int t = 0; t < KV_BLOCK && !p.shares; t++)
-        for (int c = 0; c < d; c++) {
-            const int bit = (t * d + c) * f.bits;
-            f.code[bit / 8] |= (uint8_t)(scalar_code(f, x, t, c) << bit % 8);
-        }
-    for (int g = 0; g < groups && f.rule == ScalarRule::calibrated; g++) calibrate_scale(f, g);
+    for (int g = 0; g < groups; g++) {
+        keep_scale(f, x, g);
+        const GroupSpan s = group_span(f, g);
+        const double scale = kept_scale(f, g), zero = kept_zero(f, g);
+        for (int t = s.t0; t < s.t1 && scale != 0 && !p.shares; t++)
+            for (int c = s.c0; c < s.c1; c++) {
+                const int bit = (t * d + c) * f.bits;
+                f.code[bit / 8] |= (uint8_t)(scalar_code(f.rule, f.bits, (x[t * d + c] - zero) / scale) << bit % 8);
+            }
+        if (f.rule == ScalarRule::calibrated) calibrate_scale(f, g);
+    }
 }
 #endif
