@@ -304,7 +304,7 @@ TEST_CASE("cuda: the bundled model: logits as on the CPU, a row's bits, repeated
     model_upload(m, *gpu);
     const int V = m.config.vocab;
     std::vector<int> ids;
-    for (int i = 0; i < 300; i++) ids.push_back((i * 37 + i / 7) % 8000);
+    for (int i = 0; i < 300; i++) ids.push_back((i * 37 + i / 7) % V);
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b}) {
         KvOptions o;
         o.k_format = o.v_format = f;

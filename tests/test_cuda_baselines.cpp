@@ -11,7 +11,10 @@ constexpr int HEAD_DIMS[] = {8, 48, 64, 96, 128, 256};
 struct Piece { uint8_t *at; int64_t bytes; };
 std::vector<Piece> sealed_pieces(const KvView &v) {
     const int64_t blocks = (int64_t)v.L * v.n_blocks * v.Hkv;
-    return {{v.k_sealed, blocks * v.k_block_bytes}, {v.v_sealed, blocks * v.v_block_bytes}, {v.k_beside, BothCaches::beside_bytes(v, true)}, {v.v_beside, BothCaches::beside_bytes(v, false)}};
+    return {{v.k_sealed, blocks * v.k_block_bytes},
+            {v.v_sealed, blocks * v.v_block_bytes},
+            {v.k_beside, BothCaches::beside_bytes(v, true)},
+            {v.v_beside, BothCaches::beside_bytes(v, false)}};
 }
 std::vector<uint8_t> sealed_bytes(const KvView &v, const Ops &ops) {
     std::vector<uint8_t> all;
@@ -164,7 +167,9 @@ TEST_CASE("cuda baselines: the bundled model: logits as on the CPU, prefill and 
         const std::vector<float> want = gpu_logits(on_cpu, ids, 64, cpu_ops, o);
         const std::vector<float> one = gpu_logits(m, ids, 1, *gpu, o), many = gpu_logits(m, ids, 150, *gpu, o);
         MESSAGE(std::string(kv_format_name(f)), ": relative error of logits, decode ", relative_l2(one, want), ", prefill ", relative_l2(many, want));
-        CHECK(relative_l2(one, want) < 5e-3);    // fp16 rows that round the other way, and the codes that follow them
-        CHECK(relative_l2(many, want) < 5e-3);
+        // The rows differ in the last bits of f32, so some round to another fp16 number, and a code that follows moves by a whole
+        // step: up to 3.4e-3 on an H100.  Codes of the wrong layer or block move logits by tenths.
+        CHECK(relative_l2(one, want) < 1e-2);
+        CHECK(relative_l2(many, want) < 1e-2);
     }
 }
