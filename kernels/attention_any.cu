@@ -349,7 +349,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();
     Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, b.N <= SPLIT_ROWS};
-    // The grid is that of the longest context, whatever the positions: a CUDA graph of a step of one row a slot stays valid.
+    // The grid is that of the longest context, whatever the positions: graphs repeat this launch.
     // Thread blocks beyond a row's last segment return at once.
     const int n_segments = a.split ? std::min(MAX_SEGMENTS, (int)ceil_div(kv.max_blocks, MIN_SEGMENT)) : 1;
     int tile_rows = 1;

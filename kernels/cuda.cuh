@@ -1,6 +1,7 @@
 // cuda.cuh - what the CUDA halves of the pages share: error checks, the stream, the step that begin() announced, and sums
 // over a warp.  Every kernel runs on one stream, so an op sees what the ops before it wrote.
 #pragma once
+#include <algorithm>
 #include <vector>
 #include "kv_block.h"
 
@@ -29,6 +30,13 @@ struct Step {
     const RowTile *on_tiles;
     const int *on_last_pos;    // (N) position of the last row of the row's slot
     void *work;                // what one op needs while it runs: see work_bytes in cuda_ops.cu
+    bool single_rows() const { return slots.size() == pos.size(); }    // every slot has one row: a decode step
+    // Blocks to seal, of the slot with most.
+    int most_seals(const KvView &kv) const {
+        int n = 0;
+        for (const SlotRows &s : slots) n = std::max(n, kv.coded_end(pos[s.row + s.rows - 1]) - kv.coded_end(pos[s.row] - 1));
+        return n;
+    }
 };
 extern Step step;
 // The same, for an op that was given batch b.
@@ -62,6 +70,31 @@ SealedFormat sealed_format(KvFormat format, int d);    // kv_seal.cu; nothing in
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
 // The same for the sides in a scalar format (kv_seal_scalar.cu); seal_blocks calls it.
 void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
+
+// ---- kernels in a row -----------------------------------------------------------------------------------------
+// Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
+// On devices that can (compute capability 9.0), launch() lets its thread blocks start while the kernel before is at work, so
+// that the start of one hides behind the end of the other: programmatic dependent launch, CUDA C++ Programming Guide.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+extern bool starts_early;    // the device can
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, &early, starts_early ? 1u : 0u};
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+
+// x / (1 + e^-x) with e^-|x|, which never overflows, as on the CPU.
+__device__ inline float silu(float x) {
+    const float e = expf(-fabsf(x));
+    return x * (x > 0.0f ? 1.0f : e) / (1.0f + e);
+}
 
 // Sums in a fixed order; every lane gets the result.
 template <class T> __device__ inline T warp_sum(T x) {

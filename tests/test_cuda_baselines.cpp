@@ -154,7 +154,7 @@ TEST_CASE("cuda baselines: prefill of any step size and decode give the same bit
         }
 }
 
-TEST_CASE("cuda baselines: the bundled model: logits as on the CPU, prefill and decode") {
+TEST_CASE("cuda baselines: the bundled model: logits as on the CPU") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     const Model on_cpu = model_open("tests/models/books-5m.bin");
@@ -165,11 +165,11 @@ TEST_CASE("cuda baselines: the bundled model: logits as on the CPU, prefill and 
     for (KvFormat f : SCALARS) {
         const KvOptions o = {f, f};
         const std::vector<float> want = gpu_logits(on_cpu, ids, 64, cpu_ops, o);
-        const std::vector<float> one = gpu_logits(m, ids, 1, *gpu, o), many = gpu_logits(m, ids, 150, *gpu, o);
-        MESSAGE(std::string(kv_format_name(f)), ": relative error of logits, decode ", relative_l2(one, want), ", prefill ", relative_l2(many, want));
-        // The rows differ in the last bits of f32, so some round to another fp16 number, and a code that follows moves by a whole
-        // step: up to 3.4e-3 on an H100.  Codes of the wrong layer or block move logits by tenths.
+        const std::vector<float> one = gpu_logits(m, ids, 1, *gpu, o), eight = gpu_logits(m, ids, 8, *gpu, o);
+        MESSAGE(std::string(kv_format_name(f)), ": relative error of logits, one row a step ", relative_l2(one, want), ", eight ", relative_l2(eight, want));
+        // Steps of up to 8 rows have f32 activations (matmul.cu).  Rows differ in their last bits, so some round to another fp16
+        // number, and a code that follows moves by a whole step.  Codes of the wrong layer or block move logits by tenths.
         CHECK(relative_l2(one, want) < 1e-2);
-        CHECK(relative_l2(many, want) < 1e-2);
+        CHECK(relative_l2(eight, want) < 1e-2);
     }
 }
