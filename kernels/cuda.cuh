@@ -43,21 +43,33 @@ extern Step step;
 const Step &step_of(const Batch &b);
 
 // The fields of a sealed block for kernels that take format and head dimension at run time: those of the block at origin.
+// One of the two, by kv_is_scalar(format).
 struct SealedFormat {
     NsnFields at_origin;
     const uint8_t *origin;
     float delta;               // of the codebook's grid
+    ScalarFields scalar_at_origin;
+    const uint8_t *beside;     // where scalar_at_origin has what is beside the block
     template <class T> HD T *moved(T *p, uint8_t *block) const { return p ? (T *)(block + ((const uint8_t *)p - origin)) : nullptr; }
     HD NsnFields fields(uint8_t *block) const {
         const NsnFields &f = at_origin;
         return {f.d, f.channels, moved(f.code, block), moved(f.sign, block), moved(f.s2_f16, block), moved(f.s2_log8, block), moved(f.s1, block),
                 moved(f.mean, block), moved(f.mean_step, block), moved(f.mean_min, block)};
     }
+    HD ScalarFields scalar_fields(uint8_t *block, int8_t *beside_block) const {
+        ScalarFields f = scalar_at_origin;
+        f.code = f.code == beside ? (uint8_t *)beside_block : moved(f.code, block);
+        f.scale = moved(f.scale, block), f.zero = moved(f.zero, block);
+        f.basis = f.basis ? (const f16 *)beside_block : nullptr;
+        return f;
+    }
 };
 SealedFormat sealed_format(KvFormat format, int d);    // kv_seal.cu; nothing in it for f16
 
 // Blocks begin..begin+n-1 of every slot of the step are sealed, where a slot has so many to seal; begin as kv_write says.
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
+// The same for the sides in a scalar format (kv_seal_scalar.cu); seal_blocks calls it.
+void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
 
 // ---- kernels in a row -----------------------------------------------------------------------------------------
 // Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
@@ -96,18 +108,18 @@ __device__ inline float warp_max(float x) {
 }
 
 // x <- R x as in hadamard.h, by one warp, x in shared memory.  All lanes call it and see the result.
-__device__ inline void hadamard_warp(float *x, int d) {
+template <class Float> __device__ inline void hadamard_warp(Float *x, int d) {
     const int p = d & -d, lane = threadIdx.x % 32;
     for (int h = 1; h < p; h *= 2) {
         __syncwarp();
         for (int k = lane; k < d / 2; k += 32) {
             const int j = k / h * 2 * h + k % h;
-            const float a = x[j], b = x[j + h];
+            const Float a = x[j], b = x[j + h];
             x[j] = a + b, x[j + h] = a - b;
         }
     }
     __syncwarp();
-    const float scale = 1.0f / sqrtf((float)p);
+    const Float scale = 1 / sqrt((Float)p);
     for (int i = lane; i < d; i += 32) x[i] *= scale;
     __syncwarp();
 }
