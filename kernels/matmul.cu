@@ -273,7 +273,7 @@ constexpr int MMA_WARPS = 16;
 constexpr int STAGES = 3;                      // of the ring: all but one are on their way while one is in work
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int TILE_INPUTS = STAGE_INPUTS * MMA_WARPS;
-constexpr int PART_FLOATS = MMA_WARPS * 16 * 8 * 2;    // of a round: two tiles of 8 rows, or sixteen of one
+constexpr int PART_FLOATS = MMA_WARPS * 16 * 8;    // of a round: a tile of 8 rows, or eight of one
 constexpr int MMA_RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
 
 __device__ inline void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
