@@ -51,6 +51,9 @@ SealedFormat sealed_format(KvFormat format, int d);    // kv_seal.cu; nothing in
 // Blocks begin..begin+n-1 of every slot of the step are sealed, where a slot has so many to seal; begin as kv_write says.
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
 
+// attention for steps of many rows (attention_prefill.cu); false: not a step that it serves, and nothing is done.
+bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
+
 // Sums in a fixed order; every lane gets the result.
 template <class T> __device__ inline T warp_sum(T x) {
     for (int o = 16; o > 0; o /= 2) x += __shfl_xor_sync(~0u, x, o);
@@ -80,5 +83,6 @@ __device__ inline void hadamard_warp(float *x, int d) {
 
 // Scratch of one op, see the pages.
 int64_t attention_work_bytes(const StepShape &shape);
+int64_t attention_prefill_work_bytes(const StepShape &shape);
 int64_t matmul_work_bytes(const StepShape &shape);
 }    // namespace cuda
