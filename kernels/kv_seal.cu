@@ -1,12 +1,12 @@
 /* kv_seal - blocks of 64 rows into the cache's format on the GPU: the contract is kv_write.cu's, the method nsn_seal.h's.
 
-   Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; a warp owns 8 tokens, a thread a
-             channel for the means; every lane searches the codebook for its own groups of channels, all lanes reading the same
-             entry at a time.
+   Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; a warp owns a token at a time, a
+             thread a channel for the means.  In the search a thread owns SEARCH groups of channels at once: a codeword, read by
+             all lanes together, serves them all from registers.
    Agrees    with the reference up to ties: sums of squares are added in another order (in f64, so f32 results differ in the last bit
              at most now and then), and multiply-adds may round once instead of twice.
-   Cost      64 d 256 multiply-adds a block for the search, everything else beside it nothing: 2 M at d = 128.  A step of one row
-             seals at most one block per head, every 64 tokens.
+   Cost      64 d 256 multiply-adds a block for the search, 2 M at d = 128, and three instructions more for each of the 64 d / C x 256
+             comparisons.  A step of one row seals at most one block per head, every 64 tokens.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -71,35 +71,58 @@ __device__ inline void turn_warp(float *x, RopeTable rope, int pos, int d) {
     __syncwarp();
 }
 
-// The nearest of 256 codewords to x (C), the lowest index among equals.  book (256, C), half_norm (256): shared memory.
-template <int C> __device__ inline int nearest(const float *book, const float *half_norm, const float *x) {
-    float best = INFINITY;
-    int at = 0;
-    for (int k = 0; k < 256; k++) {
-        float score = half_norm[k];
-#pragma unroll
-        for (int c = 0; c < C; c++) score = fmaf(-x[c], book[k * C + c], score);
-        if (score < best) best = score, at = k;
-    }
-    return at;
-}
-// The codes of one token x (d), by one warp; xx = <x,x>, xq = <x,codewords>.
+// The nearest of 256 codewords to each of n groups of C channels, the lowest index among equals; code, sign (n).
+// x (n, C), book (256, C), half_norm (256) and s2 (n / groups) in shared memory; rows with s2 = 0 have no codes.
+constexpr int SEARCH = 4;
 template <int C>
-__device__ inline void encode_warp(const NsnFields &f, int t, const float *x, const float *book, const float *half_norm, double &xx, double &xq) {
-    xx = xq = 0;
-    for (int j = threadIdx.x % 32; j < f.d / C; j += 32) {
-        float y[C];
-        unsigned sign = 0;
-        for (int c = 0; c < C; c++) {
-            y[c] = x[j * C + c];
-            if (f.sign) sign |= (unsigned)(y[c] < 0) << c, y[c] = fabsf(y[c]);
+__device__ inline void search(uint8_t *code, uint8_t *sign, const float *x, const float *book, const float *half_norm, const float *s2, int n, int groups) {
+    for (int v0 = threadIdx.x; v0 < n; v0 += SEARCH * SEAL_THREADS) {
+        float y[SEARCH][C], best[SEARCH];
+        int at[SEARCH];
+#pragma unroll
+        for (int i = 0; i < SEARCH; i++) {
+            const int v = min(v0 + i * SEAL_THREADS, n - 1);
+#pragma unroll
+            for (int c = 0; c < C; c++) y[i][c] = sign ? fabsf(x[v * C + c]) : x[v * C + c];
+            best[i] = INFINITY, at[i] = 0;
         }
-        const int k = nearest<C>(book, half_norm, y);
-        f.code[t * (f.d / C) + j] = (uint8_t)k;
-        if (f.sign) f.sign[t * (f.d / 8) + j] = (uint8_t)sign;
-        for (int c = 0; c < C; c++) xx += (double)y[c] * y[c], xq += (double)y[c] * book[k * C + c];
+#pragma unroll 4
+        for (int k = 0; k < 256; k++) {
+            alignas(16) float w[C];
+            if (C == 2) *(float2 *)w = *(const float2 *)(book + k * C);
+            else
+                for (int c = 0; c < C; c += 4) *(float4 *)(w + c) = *(const float4 *)(book + k * C + c);
+#pragma unroll
+            for (int i = 0; i < SEARCH; i++) {
+                float score = half_norm[k];
+#pragma unroll
+                for (int c = 0; c < C; c++) score = fmaf(-y[i][c], w[c], score);
+                if (score < best[i]) best[i] = score, at[i] = k;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < SEARCH; i++) {
+            const int v = v0 + i * SEAL_THREADS;
+            if (v >= n || s2[v / groups] == 0) continue;
+            code[v] = (uint8_t)at[i];
+            if (!sign) continue;
+            unsigned bits = 0;
+            for (int c = 0; c < C; c++) bits |= (unsigned)(x[v * C + c] < 0) << c;
+            sign[v] = (uint8_t)bits;
+        }
+    }
+}
+// (<x,x> / <x,q>)^a of token t, x (d) in shared memory, q its codewords; 0 where the codewords point away.  By one warp.
+__device__ inline float scale_correction_warp(const NsnFields &f, int t, const float *x, const float *book, bool ablated, float exponent) {
+    const int shift = __ffs(f.channels) - 1;
+    double xx = 0, xq = 0;
+    for (int c = threadIdx.x % 32; c < f.d; c += 32) {
+        const float y = f.sign ? fabsf(x[c]) : x[c], w = book[(f.code[t * (f.d >> shift) + (c >> shift)] << shift) + (c & (f.channels - 1))];
+        xx += (double)y * y, xq += (double)y * w;
     }
     xx = warp_sum(xx), xq = warp_sum(xq);
+    if (!(xq > 0)) return 0.0f;
+    return ablated ? 1.0f : (float)(exponent == 1.0f ? xx / xq : pow(xx / xq, (double)exponent));
 }
 
 __device__ inline void store_scales_warp(const NsnFields &f, const float *s2) {
@@ -134,8 +157,9 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
         const int pos = i * KV_BLOCK + t;
         return pos < p0 ? ring + (int64_t)t * d : fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * d;
     };
+    const int chunks = d / 8;    // of 8 channels, 16 bytes, in a row
     if ((key ? kv.k_format : kv.v_format) == KvFormat::f16) {
-        for (int n = thread; n < KV_BLOCK * d; n += SEAL_THREADS) ((f16 *)block)[n] = row(n / d)[n % d];
+        for (int n = thread; n < KV_BLOCK * chunks; n += SEAL_THREADS) ((uint4 *)block)[n] = *(const uint4 *)(row(n / chunks) + n % chunks * 8);
         return;
     }
 
@@ -148,9 +172,13 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     __shared__ float half_norm[256], s1[KV_BLOCK], s2[KV_BLOCK], mean[MAX_HEAD_DIM];
     for (int64_t n = thread; n < bytes; n += SEAL_THREADS) block[n] = 0;
     bool finite = true;
-    for (int n = thread; n < KV_BLOCK * d; n += SEAL_THREADS) {
-        x[n] = to_f32(row(n / d)[n % d]);
-        finite = finite && isfinite(x[n]);
+    for (int n = thread; n < KV_BLOCK * chunks; n += SEAL_THREADS) {
+        alignas(16) f16 raw[8];
+        *(uint4 *)raw = *(const uint4 *)(row(n / chunks) + n % chunks * 8);
+        for (int c = 0; c < 8; c++) {
+            x[n * 8 + c] = to_f32(raw[c]);
+            finite = finite && isfinite(x[n * 8 + c]);
+        }
     }
     half_norm[thread] = 0;
     for (int c = 0; c < f.channels; c++) {
@@ -173,11 +201,16 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     __syncthreads();
     if (warp == 0) round_4bit_warp(f.s1->code, &f.s1->step, &f.s1->min, s1, KV_BLOCK);
     __syncthreads();
+    if (thread < KV_BLOCK) {
+        const float s = f.s1->at(thread);
+        s1[thread] = s > 0 ? 1.0f / s : 0.0f;
+    }
+    __syncthreads();
     if (thread < d) {
         double sum = 0;
+#pragma unroll 8
         for (int t = 0; t < KV_BLOCK; t++) {
-            const float s = f.s1->at(t);
-            x[t * d + thread] *= s > 0 ? 1.0f / s : 0.0f;
+            x[t * d + thread] *= s1[t];
             sum += x[t * d + thread];
         }
         mean[thread] = kv.ablate & NO_SHIFT ? 0.0f : (float)(sum / KV_BLOCK);
@@ -195,19 +228,24 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
         for (int c = thread % 32; c < d; c += 32) xt[c] -= mean[c];
         __syncwarp();
         const float s = norm_warp(xt, d);
-        if (thread % 32 == 0) s2[t] = 0;
+        if (thread % 32 == 0) s2[t] = s;
         if (!(s > 0)) continue;
         for (int c = thread % 32; c < d; c += 32) xt[c] /= s;
         if (key && pre_rope) turn_warp(xt, kv.rope, i * KV_BLOCK + t, d);
         if (!(kv.ablate & NO_HADAMARD)) hadamard_warp(xt, d);
         __syncwarp();
-        // 6 and 7
-        double xx, xq;
-        if (f.channels == 8) encode_warp<8>(f, t, xt, book, half_norm, xx, xq);
-        else if (f.channels == 4) encode_warp<4>(f, t, xt, book, half_norm, xx, xq);
-        else encode_warp<2>(f, t, xt, book, half_norm, xx, xq);
-        const double scale = kv.ablate & NO_SCALE ? 1.0 : pow(xx / xq, (double)(key ? kv.k_exponent : kv.v_exponent));
-        if (thread % 32 == 0 && xq > 0) s2[t] = s * (float)scale;
+    }
+    __syncthreads();
+    // 6
+    const int groups = d / f.channels;
+    if (f.channels == 8) search<8>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
+    else if (f.channels == 4) search<4>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
+    else search<2>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
+    __syncthreads();
+    // 7
+    for (int t = warp; t < KV_BLOCK; t += SEAL_WARPS) {
+        const float scale = scale_correction_warp(f, t, x + t * d, book, kv.ablate & NO_SCALE, key ? kv.k_exponent : kv.v_exponent);
+        if (thread % 32 == 0 && s2[t] > 0) s2[t] *= scale;
     }
     __syncthreads();
     if (warp == 0) store_scales_warp(f, s2);
