@@ -21,7 +21,7 @@
    Tested by tests/test_cuda_prefill.cpp                                                                             */
 #ifdef __CUDACC__
 #include <algorithm>
-#include "cuda.cuh"
+#include "mma.cuh"
 namespace cuda {
 
 constexpr int FEW_ROWS = 8;                       // steps of up to so many rows: a row has the same bits in any of them (ops.h)
@@ -132,34 +132,11 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
             for (int c = 0; c < C; c++) x[c] = 0.0f, plain[c] = pos <= last ? to_f32(row[lane * C + c]) : 0.0f;
         }
         if (key) turn_lanes(plain, kv.rope, pos);
-        f16 y[C];
-        for (int c = 0; c < C; c++) y[c] = to_f16(x[c] + plain[c]);
-        memcpy(to + t * D + lane * C, y, sizeof y);
+        for (int c = 0; c < C; c += 2) *(unsigned *)(to + t * D + lane * C + c) = pack(x[c] + plain[c], x[c + 1] + plain[c + 1]);
     }
 }
 
-// ---- tensor cores -------------------------------------------------------------------------------------------
-// Fragments of m16n8k16, lane = 4 g + j:   A  {rows g, g + 8} x {columns 2j, 2j+1}, then the same at columns 8 + 2j
-//                                          B  rows (2j, 2j+1), then 8 + (2j, 2j+1), of column g
-//                                          C  rows g, then g + 8, at columns 2j, 2j+1
-__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// Four 8 x 8 matrices; lane L gives the address of row L % 8 of matrix L / 8.
-__device__ inline void load_matrices(unsigned (&x)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-__device__ inline void load_matrices_turned(unsigned (&x)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-}
-__device__ inline unsigned pack(float a, float b) {
-    const __half2 h = __floats2half2_rn(a, b);
-    unsigned u;
-    memcpy(&u, &h, 4);
-    return u;
-}
+// ---- flash attention over the window ------------------------------------------------------------------------
 __device__ inline float exp2_fast(float x) {    // within 2^-22 of 2^x, 0 for -infinity
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -169,12 +146,13 @@ __device__ inline void copy_16_bytes(unsigned to, const void *from) { asm volati
 __device__ inline void copies_begin() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }    // all but the LEFT newest
 
+constexpr int WARPS = 4;    // 16 queries each; registers for three thread blocks a multiprocessor
+// Tried: 32 queries a warp, a block in two parts: half the reads of shared memory, but fewer warps, and slower in all.
+
 // Byte offset of chunk c (8 channels) of row t in a tile (KV_BLOCK, d): chunks of neighbouring rows are in different banks.
 template <int D> __device__ inline unsigned chunk_at(int t, int c) { return t * D * 2 + (c ^ t % 8) * 16; }
 
-// ---- flash attention over the window ------------------------------------------------------------------------
-template <int D, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) attention_prefill_kernel(PrefillArgs a) {
+template <int D> __global__ void __launch_bounds__(32 * WARPS, 3) attention_prefill_kernel(PrefillArgs a) {
     constexpr int TILE_BYTES = KV_BLOCK * D * 2, THREADS = 32 * WARPS;
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
@@ -315,12 +293,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) attention_pref
 }
 
 // ---- launch -------------------------------------------------------------------------------------------------
-template <int D, int WARPS> static void attend_window(PrefillArgs &a, int tile_rows) {
+template <int D> static void attend_window(PrefillArgs &a, int tile_rows) {
     constexpr int bytes = 4 * KV_BLOCK * D * 2;
-    static const cudaError_t allowed = cudaFuncSetAttribute(attention_prefill_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    static const cudaError_t allowed = cudaFuncSetAttribute(attention_prefill_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     CUDA_CHECK(allowed);
     a.m_tiles = (int)ceil_div(tile_rows * a.G, 16 * WARPS);
-    attention_prefill_kernel<D, WARPS><<<a.n_tiles * a.kv.Hkv * a.m_tiles, 32 * WARPS, bytes, stream>>>(a);
+    attention_prefill_kernel<D><<<a.n_tiles * a.kv.Hkv * a.m_tiles, 32 * WARPS, bytes, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -328,7 +306,7 @@ template <int D> static void attend(PrefillArgs &a, int n_blocks, int tile_rows)
     for (a.begin = 0; a.begin < n_blocks; a.begin += a.W) {
         unpack_kernel<D><<<dim3(std::min(a.W, n_blocks - a.begin), a.kv.Hkv, 4 * a.n_slots), UNPACK_THREADS, 0, stream>>>(a);
         CUDA_CHECK(cudaGetLastError());
-        attend_window<D, 4>(a, tile_rows);
+        attend_window<D>(a, tile_rows);
     }
 }
 

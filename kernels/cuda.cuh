@@ -70,7 +70,7 @@ __device__ inline void hadamard_warp(float *x, int d) {
     for (int h = 1; h < p; h *= 2) {
         __syncwarp();
         for (int k = lane; k < d / 2; k += 32) {
-            const int j = k / h * 2 * h + k % h;
+            const int j = 2 * k - (k & (h - 1));    // k / h * 2 h + k % h
             const float a = x[j], b = x[j + h];
             x[j] = a + b, x[j + h] = a - b;
         }

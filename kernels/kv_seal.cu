@@ -1,16 +1,20 @@
 /* kv_seal - blocks of 64 rows into the cache's format on the GPU: the contract is kv_write.cu's, the method nsn_seal.h's.
 
    Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; a warp owns a token at a time, a
-             thread a channel for the means.  In the search a thread owns SEARCH groups of channels at once: a codeword, read by
-             all lanes together, serves them all from registers.
+             thread a channel for the means.
+   Search    By tensor cores.  A codeword is w = delta / 2 m with odd integers m below 256, which f16 holds exactly; x is two
+             f16 numbers, hi + lo, together within 2^-22 of it.  The nearest w has the smallest
+                 2 / delta (|w|^2 / 2 - x . w)  =  delta / 4 |m|^2 - hi . m - lo . m
+             where -hi and -lo of 16 groups of C <= 8 channels are the rows of A, m of 8 codewords twice the columns of B, and
+             the norms what the sums begin with.
    Agrees    with the reference up to ties: sums of squares are added in another order (in f64, so f32 results differ in the last bit
-             at most now and then), and multiply-adds may round once instead of twice.
-   Cost      64 d 256 multiply-adds a block for the search, 2 M at d = 128, and three instructions more for each of the 64 d / C x 256
-             comparisons.  A step of one row seals at most one block per head, every 64 tokens.
+             at most now and then), and the search's sums are off by 2^-22 of |x||w|.
+   Cost      64 d / C x 256 comparisons a block, three instructions each, which is more than the multiply-adds take.  A step of one
+             row seals at most one block per head, every 64 tokens.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
-#include "cuda.cuh"
+#include "mma.cuh"
 namespace cuda {
 
 constexpr int SEAL_WARPS = 8, SEAL_THREADS = 32 * SEAL_WARPS;
@@ -71,53 +75,115 @@ __device__ inline void turn_warp(float *x, RopeTable rope, int pos, int d) {
     __syncwarp();
 }
 
-// The nearest of 256 codewords to each of n groups of C channels, the lowest index among equals; code, sign (n).
-// x (n, C), book (256, C), half_norm (256) and s2 (n / groups) in shared memory; rows with s2 = 0 have no codes.
-constexpr int SEARCH = 4;
+// Steps 3 to 5 of a token x (d), by one warp; K lanes-full of channels, lane L holds L + 32 k.  Returns the norm; 0: x stays.
+template <int K> __device__ inline float normalise_warp(float *x, const float *mean, int d, bool turn, bool rotate, RopeTable rope, int pos) {
+    const int lane = threadIdx.x % 32, p = d & -d;
+    float y[K];
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const int c = lane + 32 * k;
+        y[k] = c < d ? x[c] - mean[c] : 0.0f;
+        sum += (double)y[k] * y[k];
+    }
+    const float norm = (float)sqrt(warp_sum(sum)) / sqrtf((float)d);
+    if (!(norm > 0)) return norm;
+#pragma unroll
+    for (int k = 0; k < K; k++) y[k] /= norm;
+    auto store = [&] {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (lane + 32 * k < d) x[lane + 32 * k] = y[k];
+    };
+    if (turn) {
+        store();
+        turn_warp(x, rope, pos, d);
+#pragma unroll
+        for (int k = 0; k < K; k++) y[k] = lane + 32 * k < d ? x[lane + 32 * k] : 0.0f;
+    }
+    if (rotate) {    // hadamard.h: additions between lanes, then within them
+        for (int h = 1; h < 32 && h < p; h *= 2)
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                const float other = __shfl_xor_sync(~0u, y[k], h);
+                y[k] = lane & h ? other - y[k] : y[k] + other;
+            }
+#pragma unroll
+        for (int h = 1; h < K; h *= 2)
+            if (32 * h < p)
+#pragma unroll
+                for (int k = 0; k < K; k++)
+                    if (!(k & h)) {
+                        const float a = y[k], b = y[k + h];
+                        y[k] = a + b, y[k + h] = a - b;
+                    }
+        const float scale = 1.0f / sqrtf((float)p);
+#pragma unroll
+        for (int k = 0; k < K; k++) y[k] *= scale;
+    }
+    store();
+    return norm;
+}
+
+// The nearest of 256 codewords to each of n groups of C channels, the lowest index among equals; code, sign (n), n a multiple of 64.
+// In shared memory: x (n, C), m (256, C), half_norm (256) delta / 4 |m|^2, s2 (n / groups); rows with s2 = 0 have no codes.
 template <int C>
-__device__ inline void search(uint8_t *code, uint8_t *sign, const float *x, const float *book, const float *half_norm, const float *s2, int n, int groups) {
-    for (int v0 = threadIdx.x; v0 < n; v0 += SEARCH * SEAL_THREADS) {
-        float y[SEARCH][C], best[SEARCH];
-        int at[SEARCH];
+__device__ inline void search(uint8_t *code, uint8_t *sign, const float *x, const f16 *m, const float *half_norm, const float *s2, int n, int groups) {
+    constexpr int TILES = 4;    // of 16 groups: a warp's share of the work that a codeword read is good for
+    const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
+    const bool holds = 2 * j < C;    // this lane's fragments hold channels 2j, 2j+1; zeros where there are none
+    for (int v0 = threadIdx.x / 32 * 16 * TILES; v0 < n; v0 += SEAL_WARPS * 16 * TILES) {
+        unsigned a[TILES][4], bits[TILES][2];
+        float best[TILES][2];
+        int at[TILES][2];
 #pragma unroll
-        for (int i = 0; i < SEARCH; i++) {
-            const int v = min(v0 + i * SEAL_THREADS, n - 1);
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
-            for (int c = 0; c < C; c++) y[i][c] = sign ? fabsf(x[v * C + c]) : x[v * C + c];
-            best[i] = INFINITY, at[i] = 0;
-        }
-#pragma unroll 4
-        for (int k = 0; k < 256; k++) {
-            alignas(16) float w[C];
-            if (C == 2) *(float2 *)w = *(const float2 *)(book + k * C);
-            else
-                for (int c = 0; c < C; c += 4) *(float4 *)(w + c) = *(const float4 *)(book + k * C + c);
+            for (int r = 0; r < 2; r++) {
+                float2 y = holds ? *(const float2 *)(x + (v0 + 16 * i + 8 * r + g) * C + 2 * j) : make_float2(0, 0);
+                bits[i][r] = (unsigned)(y.x < 0) << 2 * j | (unsigned)(y.y < 0) << (2 * j + 1);
+                if (sign) y = make_float2(fabsf(y.x), fabsf(y.y));
+                const float hi_x = to_f32(to_f16(y.x)), hi_y = to_f32(to_f16(y.y));
+                a[i][r] = pack(-hi_x, -hi_y), a[i][r + 2] = pack(hi_x - y.x, hi_y - y.y);
+                best[i][r] = INFINITY, at[i][r] = 0;
+            }
+#pragma unroll 2
+        for (int k = 0; k < 256; k += 8) {
+            const unsigned b = holds ? *(const unsigned *)(m + (k + g) * C + 2 * j) : 0;
+            const float2 norm = *(const float2 *)(half_norm + k + 2 * j);
 #pragma unroll
-            for (int i = 0; i < SEARCH; i++) {
-                float score = half_norm[k];
+            for (int i = 0; i < TILES; i++) {
+                float score[4] = {norm.x, norm.y, norm.x, norm.y};
+                mma(score, a[i], b, b);
 #pragma unroll
-                for (int c = 0; c < C; c++) score = fmaf(-y[i][c], w[c], score);
-                if (score < best[i]) best[i] = score, at[i] = k;
+                for (int e = 0; e < 4; e++)
+                    if (score[e] < best[i][e / 2]) best[i][e / 2] = score[e], at[i][e / 2] = k + 2 * j + e % 2;
             }
         }
 #pragma unroll
-        for (int i = 0; i < SEARCH; i++) {
-            const int v = v0 + i * SEAL_THREADS;
-            if (v >= n || s2[v / groups] == 0) continue;
-            code[v] = (uint8_t)at[i];
-            if (!sign) continue;
-            unsigned bits = 0;
-            for (int c = 0; c < C; c++) bits |= (unsigned)(x[v * C + c] < 0) << c;
-            sign[v] = (uint8_t)bits;
-        }
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                for (int o = 1; o < 4; o *= 2) {    // over the lanes of a row
+                    const float other = __shfl_xor_sync(~0u, best[i][r], o);
+                    const int other_at = __shfl_xor_sync(~0u, at[i][r], o);
+                    if (other < best[i][r] || (other == best[i][r] && other_at < at[i][r])) best[i][r] = other, at[i][r] = other_at;
+                    bits[i][r] |= __shfl_xor_sync(~0u, bits[i][r], o);
+                }
+                const int v = v0 + 16 * i + 8 * r + g;
+                if (j > 0 || s2[v / groups] == 0) continue;
+                code[v] = (uint8_t)at[i][r];
+                if (sign) sign[v] = (uint8_t)bits[i][r];
+            }
     }
 }
-// (<x,x> / <x,q>)^a of token t, x (d) in shared memory, q its codewords; 0 where the codewords point away.  By one warp.
-__device__ inline float scale_correction_warp(const NsnFields &f, int t, const float *x, const float *book, bool ablated, float exponent) {
+// (<x,x> / <x,q>)^a of token t, x (d) in shared memory, q its codewords delta / 2 m; 0 where they point away.  By one warp.
+__device__ inline float scale_correction_warp(const NsnFields &f, int t, const float *x, const f16 *m, float delta, bool ablated, float exponent) {
     const int shift = __ffs(f.channels) - 1;
     double xx = 0, xq = 0;
     for (int c = threadIdx.x % 32; c < f.d; c += 32) {
-        const float y = f.sign ? fabsf(x[c]) : x[c], w = book[(f.code[t * (f.d >> shift) + (c >> shift)] << shift) + (c & (f.channels - 1))];
+        const int code = f.code[t * (f.d >> shift) + (c >> shift)];
+        const float y = f.sign ? fabsf(x[c]) : x[c], w = 0.5f * delta * to_f32(m[(code << shift) + (c & (f.channels - 1))]);
         xx += (double)y * y, xq += (double)y * w;
     }
     xx = warp_sum(xx), xq = warp_sum(xq);
@@ -167,9 +233,11 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     const int64_t bytes = key ? kv.k_block_bytes : kv.v_block_bytes;
     const int8_t *index = key ? kv.k_codebook : kv.v_codebook;
     const float delta = (key ? a.k : a.v).delta;
-    extern __shared__ float shared[];
-    float *x = shared, *book = x + KV_BLOCK * d;    // (KV_BLOCK, d), (256, channels)
-    __shared__ float half_norm[256], s1[KV_BLOCK], s2[KV_BLOCK], mean[MAX_HEAD_DIM];
+    extern __shared__ __align__(16) float shared[];
+    float *x = shared;    // (KV_BLOCK, d)
+    __shared__ alignas(4) f16 m[KV_CODEBOOK_BYTES];    // (256, channels)
+    __shared__ alignas(8) float half_norm[256];
+    __shared__ float s1[KV_BLOCK], s2[KV_BLOCK], mean[MAX_HEAD_DIM];
     for (int64_t n = thread; n < bytes; n += SEAL_THREADS) block[n] = 0;
     bool finite = true;
     for (int n = thread; n < KV_BLOCK * chunks; n += SEAL_THREADS) {
@@ -182,9 +250,9 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     }
     half_norm[thread] = 0;
     for (int c = 0; c < f.channels; c++) {
-        const float w = (index[thread * f.channels + c] + 0.5f) * delta;
-        book[thread * f.channels + c] = w;
-        half_norm[thread] += 0.5f * w * w;
+        const float odd = 2 * index[thread * f.channels + c] + 1;
+        m[thread * f.channels + c] = to_f16(odd);
+        half_norm[thread] += 0.25f * delta * odd * odd;
     }
     if (!__syncthreads_and(finite)) {
         if (thread == 0) f.s1->min = to_f16(NAN);
@@ -224,27 +292,23 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
 
     for (int t = warp; t < KV_BLOCK; t += SEAL_WARPS) {
         // 3 to 5
-        float *xt = x + t * d;
-        for (int c = thread % 32; c < d; c += 32) xt[c] -= mean[c];
-        __syncwarp();
-        const float s = norm_warp(xt, d);
-        if (thread % 32 == 0) s2[t] = s;
-        if (!(s > 0)) continue;
-        for (int c = thread % 32; c < d; c += 32) xt[c] /= s;
-        if (key && pre_rope) turn_warp(xt, kv.rope, i * KV_BLOCK + t, d);
-        if (!(kv.ablate & NO_HADAMARD)) hadamard_warp(xt, d);
-        __syncwarp();
+        const bool turn = key && pre_rope, rotate = !(kv.ablate & NO_HADAMARD);
+        const int pos = i * KV_BLOCK + t;
+        const float norm = d <= 64    ? normalise_warp<2>(x + t * d, mean, d, turn, rotate, kv.rope, pos)
+                           : d <= 128 ? normalise_warp<4>(x + t * d, mean, d, turn, rotate, kv.rope, pos)
+                                      : normalise_warp<8>(x + t * d, mean, d, turn, rotate, kv.rope, pos);
+        if (thread % 32 == 0) s2[t] = norm;
     }
     __syncthreads();
     // 6
     const int groups = d / f.channels;
-    if (f.channels == 8) search<8>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
-    else if (f.channels == 4) search<4>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
-    else search<2>(f.code, f.sign, x, book, half_norm, s2, KV_BLOCK * groups, groups);
+    if (f.channels == 8) search<8>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
+    else if (f.channels == 4) search<4>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
+    else search<2>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
     __syncthreads();
     // 7
     for (int t = warp; t < KV_BLOCK; t += SEAL_WARPS) {
-        const float scale = scale_correction_warp(f, t, x + t * d, book, kv.ablate & NO_SCALE, key ? kv.k_exponent : kv.v_exponent);
+        const float scale = scale_correction_warp(f, t, x + t * d, m, delta, kv.ablate & NO_SCALE, key ? kv.k_exponent : kv.v_exponent);
         if (thread % 32 == 0 && s2[t] > 0) s2[t] *= scale;
     }
     __syncthreads();
@@ -252,9 +316,8 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
 }
 
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n) {
-    const int bytes = (KV_BLOCK * kv.d + 256 * 8) * (int)sizeof(float);
-    static const cudaError_t allowed = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                            (KV_BLOCK * MAX_HEAD_DIM + 256 * 8) * (int)sizeof(float));
+    const int bytes = KV_BLOCK * kv.d * (int)sizeof(float);
+    static const cudaError_t allowed = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, KV_BLOCK * MAX_HEAD_DIM * (int)sizeof(float));
     CUDA_CHECK(allowed);
     const SealArgs a = {kv, k16, v16, step.on_device, step.on_slots, step.on_last_pos, sealed_format(kv.k_format, kv.d), sealed_format(kv.v_format, kv.d), layer};
     seal_kernel<<<dim3(n, kv.Hkv, 2 * (int)step.slots.size()), SEAL_THREADS, bytes, stream>>>(a);

@@ -229,7 +229,7 @@ TEST_CASE("cuda prefill: steps of any size at any position, every number of head
                     KvOptions o;
                     o.k_format = o.v_format = f;
                     Sequences s(*gpu, attention_config(Hkv, G, d), {from + rows}, o);
-                    INFO(kv_format_name(f), " d ", d, " from ", from, " rows ", rows, " G ", G);
+                    INFO(std::string(kv_format_name(f)), " d ", d, " from ", from, " rows ", rows, " G ", G);
                     s.feed({{0, from}});
                     worst = std::max(worst, check_step(*gpu, s, {{from, from + rows}}));
                 }
@@ -250,7 +250,7 @@ TEST_CASE("cuda prefill: every pair of formats, sinks, recents, exact prefill, s
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = kept * 64, o.recent = kept % 2 * 128, o.exact_prefill = exact;
                         Sequences s(*gpu, attention_config(2, 2 + kept, d), {420, 64, 200, 9}, o);
-                        INFO("K ", kv_format_name(o.k_format), " V ", kv_format_name(o.v_format), " d ", d, " kept ", kept, " exact ", exact);
+                        INFO("K ", std::string(kv_format_name(o.k_format)), " V ", std::string(kv_format_name(o.v_format)), " d ", d, " kept ", kept, " exact ", exact);
                         s.feed({{0, 290}, {0, 1}, {0, 199}, {0, 0}});
                         worst = std::max(worst, check_step(*gpu, s, {{290, 420}, {1, 64}, {199, 200}, {0, 9}}));
                     }
