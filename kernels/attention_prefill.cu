@@ -7,7 +7,8 @@
              attention_prefill_kernel then is flash attention over f16: a thread block takes a query tile and one kv head, that is
              16 WARPS of the rows x G queries of a row tile; blocks of 64 tokens pass through shared memory, the next one on
              its way while a block is in work.  A warp owns 16 queries: scores, weights and sums never leave its registers.
-   Versions  In coded prefill a block is read as codes by rows far behind it and exactly by its own: such a block is unpacked twice.
+   Versions  In coded prefill a block is read as codes by rows far behind it and exactly by its own: such a block is unpacked twice,
+             except where codes are f16, too.
    Window    The scratch for unpacked rows has a fixed size, whatever the context: WINDOW_BYTES at most.  Where the sequence
              is longer, the state of every query (max, sum of weights; the unfinished y) waits in memory for the next window.
    Numbers   q / sqrt(d), k, v and p are rounded to f16, each off by at most 2^-11 of itself; products are exact, sums f32.  The
@@ -45,14 +46,15 @@ struct PrefillArgs {
     const int *last_pos;
     SealedFormat k_sealed, v_sealed;
     float2 *state;                 // (N, Hq)  max of s, sum of p, between windows
-    f16 *k, *v;                    // (2 versions, n_slots, W, Hkv, KV_BLOCK, d)   0 exact, 1 coded
+    f16 *k, *v;                    // (versions, n_slots, W, Hkv, KV_BLOCK, d)   0 exact, 1 coded
     int layer, Hq, G;
     int n_tiles, m_tiles;          // row tiles of the step, query tiles of one
-    int n_slots, begin, W;         // the window: blocks begin..begin+W-1 of every slot of the step
+    int versions, n_slots;
+    int begin, W;                  // the window: blocks begin..begin+W-1 of every slot of the step
 
     // Element offset of block i, in the window, of the step's slot s.
     __device__ int64_t unpacked_at(bool coded, int s, int i, int h) const {
-        return (((int64_t)coded * n_slots + s) * W + i - begin) * kv.Hkv * KV_BLOCK * kv.d + (int64_t)h * KV_BLOCK * kv.d;
+        return ((int64_t)((coded && versions == 2) * n_slots + s) * W + i - begin) * kv.Hkv * KV_BLOCK * kv.d + (int64_t)h * KV_BLOCK * kv.d;
     }
 };
 
@@ -90,18 +92,19 @@ constexpr int UNPACK_WARPS = 8, UNPACK_THREADS = 32 * UNPACK_WARPS;
 template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel(PrefillArgs a) {
     constexpr int C = D / 32;
     const KvView &kv = a.kv;
-    const int h = blockIdx.y, s = blockIdx.z / 4, i = a.begin + blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const bool key = blockIdx.z % 2, coded = blockIdx.z / 2 % 2;
+    const int h = blockIdx.y, s = blockIdx.z / 2 / a.versions, i = a.begin + blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const bool key = blockIdx.z % 2, coded = blockIdx.z / 2 % a.versions;
     const SlotRows rows = a.slots[s];
     const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row], last = a.last_pos[rows.row];
     const int first_end = kv.coded_end(p0), last_end = kv.coded_end(kv.exact_prefill ? p0 : last);    // of the first row, of the last
     if (i > last / KV_BLOCK) return;
-    if (coded ? i < kv.sink || i >= last_end : i >= kv.sink && i < first_end) return;
+    const bool far_behind = i >= kv.sink && i < first_end, sealed = coded || (far_behind && a.versions == 1);
+    if (coded ? i < kv.sink || i >= last_end : far_behind && !sealed) return;
 
     f16 *to = (key ? a.k : a.v) + a.unpacked_at(coded, s, i, h);
-    const bool lookup = coded && (key ? kv.k_format : kv.v_format) != KvFormat::f16;
-    uint8_t *block = !coded ? nullptr : key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i);
-    const f16 *old = coded ? (const f16 *)block : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i), *fresh = key ? a.k16 : a.v16;
+    const bool lookup = sealed && (key ? kv.k_format : kv.v_format) != KvFormat::f16;
+    uint8_t *block = !sealed ? nullptr : key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i);
+    const f16 *old = sealed ? (const f16 *)block : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i), *fresh = key ? a.k16 : a.v16;
     const SealedFormat &format = key ? a.k_sealed : a.v_sealed;
     const NsnFields f = format.fields(block);
     const int shift = __ffs(f.channels) - 1;
@@ -127,7 +130,7 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
             }
             hadamard_lanes(x);
         } else {
-            const bool from_step = !coded && pos >= p0;
+            const bool from_step = !sealed && pos >= p0;
             const f16 *row = from_step ? fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * D : old + t * D;
             for (int c = 0; c < C; c++) x[c] = 0.0f, plain[c] = pos <= last ? to_f32(row[lane * C + c]) : 0.0f;
         }
@@ -304,7 +307,7 @@ template <int D> static void attend_window(PrefillArgs &a, int tile_rows) {
 
 template <int D> static void attend(PrefillArgs &a, int n_blocks, int tile_rows) {
     for (a.begin = 0; a.begin < n_blocks; a.begin += a.W) {
-        unpack_kernel<D><<<dim3(std::min(a.W, n_blocks - a.begin), a.kv.Hkv, 4 * a.n_slots), UNPACK_THREADS, 0, stream>>>(a);
+        unpack_kernel<D><<<dim3(std::min(a.W, n_blocks - a.begin), a.kv.Hkv, 2 * a.versions * a.n_slots), UNPACK_THREADS, 0, stream>>>(a);
         CUDA_CHECK(cudaGetLastError());
         attend_window<D>(a, tile_rows);
     }
@@ -314,7 +317,7 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     const Step &step = step_of(b);
     const int n_slots = (int)step.slots.size(), d = kv.d;
     const int64_t block_bytes = (int64_t)kv.Hkv * KV_BLOCK * d * sizeof(f16), window = window_bytes(kv.Hkv, d);
-    const int W = (int)(window / (4 * block_bytes * n_slots));
+    const int versions = kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16 ? 1 : 2, W = (int)(window / (2 * versions * block_bytes * n_slots));
     if (b.N <= FEW_ROWS || b.N == n_slots || (d != 64 && d != 128) || kv.ablate || W == 0) return false;
     int tile_rows = 1, n_blocks = 1;
     for (const RowTile &t : step.tiles) {
@@ -324,7 +327,7 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     float2 *state = (float2 *)step.work;
     f16 *k = (f16 *)((uint8_t *)step.work + state_bytes(b.N, Hq)), *v = k + window / 2 / sizeof(f16);
     PrefillArgs a = {y, q, kv, k16, v16, b, step.on_tiles, step.on_slots, step.on_last_pos, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d),
-                     state, k, v, layer, Hq, Hq / kv.Hkv, (int)step.tiles.size(), 0, n_slots, 0, std::min(W, n_blocks)};
+                     state, k, v, layer, Hq, Hq / kv.Hkv, (int)step.tiles.size(), 0, versions, n_slots, 0, std::min(W, n_blocks)};
     d == 64 ? attend<64>(a, n_blocks, tile_rows) : attend<128>(a, n_blocks, tile_rows);
     return true;
 }

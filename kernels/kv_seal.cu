@@ -18,7 +18,7 @@
 namespace cuda {
 
 constexpr int SEAL_WARPS = 8, SEAL_THREADS = 32 * SEAL_WARPS;
-static_assert(SEAL_THREADS >= MAX_HEAD_DIM && SEAL_THREADS == 256, "a thread a channel, a thread a codeword");
+static_assert(SEAL_THREADS >= MAX_HEAD_DIM && SEAL_THREADS >= 256, "a thread a channel, a thread a codeword");
 
 SealedFormat sealed_format(KvFormat format, int d) {
     alignas(16) static uint8_t origin[KV_BLOCK * MAX_HEAD_DIM * 2 + 4096];    // never read: addresses only
@@ -243,16 +243,18 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     for (int n = thread; n < KV_BLOCK * chunks; n += SEAL_THREADS) {
         alignas(16) f16 raw[8];
         *(uint4 *)raw = *(const uint4 *)(row(n / chunks) + n % chunks * 8);
-        for (int c = 0; c < 8; c++) {
-            x[n * 8 + c] = to_f32(raw[c]);
-            finite = finite && isfinite(x[n * 8 + c]);
-        }
+        float y[8];
+        for (int c = 0; c < 8; c++) y[c] = to_f32(raw[c]), finite = finite && isfinite(y[c]);
+        for (int c = 0; c < 8; c += 4) *(float4 *)(x + n * 8 + c) = make_float4(y[c], y[c + 1], y[c + 2], y[c + 3]);
     }
-    half_norm[thread] = 0;
-    for (int c = 0; c < f.channels; c++) {
-        const float odd = 2 * index[thread * f.channels + c] + 1;
-        m[thread * f.channels + c] = to_f16(odd);
-        half_norm[thread] += 0.25f * delta * odd * odd;
+    if (thread < 256) {    // a thread a codeword
+        float square = 0;
+        for (int c = 0; c < f.channels; c++) {
+            const float odd = 2 * index[thread * f.channels + c] + 1;
+            m[thread * f.channels + c] = to_f16(odd);
+            square += odd * odd;
+        }
+        half_norm[thread] = 0.25f * delta * square;
     }
     if (!__syncthreads_and(finite)) {
         if (thread == 0) f.s1->min = to_f16(NAN);
