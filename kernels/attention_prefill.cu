@@ -9,15 +9,16 @@
              its way while a block is in work.  A warp owns 16 queries: scores, weights and sums never leave its registers.
    Versions  In coded prefill a block is read as codes by rows far behind it and exactly by its own: such a block is unpacked twice,
              except where codes are f16, too.
-   Window    The scratch for unpacked rows has a fixed size, whatever the context: WINDOW_BYTES at most.  Where the sequence
-             is longer, the state of every query (max, sum of weights; the unfinished y) waits in memory for the next window.
+   Window    The scratch for unpacked rows has a fixed size, WINDOW_BYTES at most whatever the context, and nothing in it outlives
+             the call.  Where the sequence is longer, the state of every query (max, sum of weights, the unfinished y) waits in
+             memory for the next window.
    Numbers   q / sqrt(d), k, v and p are rounded to f16, each off by at most 2^-11 of itself; products are exact, sums f32.  The
              weights' sum adds the rounded weights, so their rounding does not shift y.
    Order     Blocks in order, wherever windows begin: a row's bits do not depend on the other rows of the step.
-   Cost      4 d multiply-adds a query and token, at the tensor cores' rate; per step and layer the context is unpacked once
-             (reads the cache, writes and reads 8 d bytes a token and kv head).
-   Limits    d of 64 or 128, nothing switched off (ablate); steps of few rows are attention_any.cu's, which also takes what this
-             page does not.
+   Cost      2 d multiply-adds a query and token on tensor cores.  The context is unpacked once a step and layer: reads the cache,
+             writes 4 d bytes a token and kv head, and every query tile reads them, from L2 mostly.
+   Limits    d of 64 or 128, nothing switched off (ablate), more than FEW_ROWS rows: other steps are attention_any.cu's.  A channel of a
+             turned key or of an unpacked code beyond 65504 becomes infinite, like everything in f16.
    Source    Dao, FlashAttention-2 (arXiv 2307.08691), section 3, for the online softmax.
    Tested by tests/test_cuda_prefill.cpp                                                                             */
 #ifdef __CUDACC__
@@ -145,12 +146,16 @@ __device__ inline float exp2_fast(float x) {    // within 2^-22 of 2^x, 0 for -i
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-__device__ inline void copy_16_bytes(unsigned to, const void *from) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory"); }
+__device__ inline void copy_16_bytes(unsigned to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ inline void copies_begin() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ inline void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }    // all but the LEFT newest
+template <int LEFT> __device__ inline void copies_wait() {    // for all but the LEFT newest
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
 
 constexpr int WARPS = 4;    // 16 queries each; registers for three thread blocks a multiprocessor
-// Tried: 32 queries a warp, a block in two parts: half the reads of shared memory, but fewer warps, and slower in all.
+// Tried: 32 queries a warp, a block in two parts: half the reads of shared memory, but fewer warps, and slower.
 
 // Byte offset of chunk c (8 channels) of row t in a tile (KV_BLOCK, d): chunks of neighbouring rows are in different banks.
 template <int D> __device__ inline unsigned chunk_at(int t, int c) { return t * D * 2 + (c ^ t % 8) * 16; }
@@ -317,7 +322,8 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     const Step &step = step_of(b);
     const int n_slots = (int)step.slots.size(), d = kv.d;
     const int64_t block_bytes = (int64_t)kv.Hkv * KV_BLOCK * d * sizeof(f16), window = window_bytes(kv.Hkv, d);
-    const int versions = kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16 ? 1 : 2, W = (int)(window / (2 * versions * block_bytes * n_slots));
+    const int versions = kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16 ? 1 : 2;
+    const int W = (int)(window / (2 * versions * block_bytes * n_slots));
     if (b.N <= FEW_ROWS || b.N == n_slots || (d != 64 && d != 128) || kv.ablate || W == 0) return false;
     int tile_rows = 1, n_blocks = 1;
     for (const RowTile &t : step.tiles) {
@@ -326,8 +332,13 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     }
     float2 *state = (float2 *)step.work;
     f16 *k = (f16 *)((uint8_t *)step.work + state_bytes(b.N, Hq)), *v = k + window / 2 / sizeof(f16);
-    PrefillArgs a = {y, q, kv, k16, v16, b, step.on_tiles, step.on_slots, step.on_last_pos, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d),
-                     state, k, v, layer, Hq, Hq / kv.Hkv, (int)step.tiles.size(), 0, versions, n_slots, 0, std::min(W, n_blocks)};
+    PrefillArgs a = {};
+    a.y = y, a.q = q, a.kv = kv, a.k16 = k16, a.v16 = v16, a.b = b;
+    a.tiles = step.on_tiles, a.slots = step.on_slots, a.last_pos = step.on_last_pos;
+    a.k_sealed = sealed_format(kv.k_format, d), a.v_sealed = sealed_format(kv.v_format, d);
+    a.state = state, a.k = k, a.v = v;
+    a.layer = layer, a.Hq = Hq, a.G = Hq / kv.Hkv;
+    a.n_tiles = (int)step.tiles.size(), a.versions = versions, a.n_slots = n_slots, a.W = std::min(W, n_blocks);
     d == 64 ? attend<64>(a, n_blocks, tile_rows) : attend<128>(a, n_blocks, tile_rows);
     return true;
 }

@@ -2,22 +2,23 @@
 
    Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; a warp owns a token at a time, a
              thread a channel for the means.
-   Search    By tensor cores.  A codeword is w = delta / 2 m with odd integers m below 256, which f16 holds exactly; x is two
+   Search    On tensor cores.  A codeword is w = delta / 2 m with odd integers m below 256, which f16 holds exactly; x is two
              f16 numbers, hi + lo, together within 2^-22 of it.  The nearest w has the smallest
                  2 / delta (|w|^2 / 2 - x . w)  =  delta / 4 |m|^2 - hi . m - lo . m
-             where -hi and -lo of 16 groups of C <= 8 channels are the rows of A, m of 8 codewords twice the columns of B, and
-             the norms what the sums begin with.
-   Agrees    with the reference up to ties: sums of squares are added in another order (in f64, so f32 results differ in the last bit
-             at most now and then), and the search's sums are off by 2^-22 of |x||w|.
-   Cost      64 d / C x 256 comparisons a block, three instructions each, which is more than the multiply-adds take.  A step of one
-             row seals at most one block per head, every 64 tokens.
+             The rows of A are -hi and -lo of 16 groups of C <= 8 channels, the columns of B are m of 8 codewords, twice, and the
+             sums begin with the norms.
+   Agrees    with the reference up to ties: sums of squares are added in another order, in f64, and their roots and quotients are f32,
+             so results differ in the last bit now and then; the search chooses between codewords whose scores are closer than
+             2^-22 |x||w| as it likes.
+   Cost      64 d / C x 256 comparisons a block, which take longer than the multiply-adds.  A step of one row seals at most one
+             block per head, every 64 tokens.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
 #include "mma.cuh"
 namespace cuda {
 
-constexpr int SEAL_WARPS = 8, SEAL_THREADS = 32 * SEAL_WARPS;
+constexpr int SEAL_WARPS = 16, SEAL_THREADS = 32 * SEAL_WARPS;
 static_assert(SEAL_THREADS >= MAX_HEAD_DIM && SEAL_THREADS >= 256, "a thread a channel, a thread a codeword");
 
 SealedFormat sealed_format(KvFormat format, int d) {
@@ -61,7 +62,7 @@ __device__ inline void round_4bit_warp(uint8_t *code, f16 *step, f16 *min, const
 __device__ inline float norm_warp(const float *x, int d) {
     double sum = 0;
     for (int c = threadIdx.x % 32; c < d; c += 32) sum += (double)x[c] * x[c];
-    return (float)sqrt(warp_sum(sum)) / sqrtf((float)d);
+    return sqrtf((float)warp_sum(sum)) / sqrtf((float)d);
 }
 __device__ inline void turn_warp(float *x, RopeTable rope, int pos, int d) {
     __syncwarp();
@@ -86,7 +87,7 @@ template <int K> __device__ inline float normalise_warp(float *x, const float *m
         y[k] = c < d ? x[c] - mean[c] : 0.0f;
         sum += (double)y[k] * y[k];
     }
-    const float norm = (float)sqrt(warp_sum(sum)) / sqrtf((float)d);
+    const float norm = sqrtf((float)warp_sum(sum)) / sqrtf((float)d);
     if (!(norm > 0)) return norm;
 #pragma unroll
     for (int k = 0; k < K; k++) y[k] /= norm;
@@ -133,47 +134,71 @@ __device__ inline void search(uint8_t *code, uint8_t *sign, const float *x, cons
     const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     const bool holds = 2 * j < C;    // this lane's fragments hold channels 2j, 2j+1; zeros where there are none
     for (int v0 = threadIdx.x / 32 * 16 * TILES; v0 < n; v0 += SEAL_WARPS * 16 * TILES) {
-        unsigned a[TILES][4], bits[TILES][2];
-        float best[TILES][2];
+        unsigned a[TILES][4];
+        float best[TILES][2];    // of rows g, g + 8
         int at[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float2 y = holds ? *(const float2 *)(x + (v0 + 16 * i + 8 * r + g) * C + 2 * j) : make_float2(0, 0);
-                bits[i][r] = (unsigned)(y.x < 0) << 2 * j | (unsigned)(y.y < 0) << (2 * j + 1);
                 if (sign) y = make_float2(fabsf(y.x), fabsf(y.y));
                 const float hi_x = to_f32(to_f16(y.x)), hi_y = to_f32(to_f16(y.y));
                 a[i][r] = pack(-hi_x, -hi_y), a[i][r + 2] = pack(hi_x - y.x, hi_y - y.y);
                 best[i][r] = INFINITY, at[i][r] = 0;
             }
-#pragma unroll 2
-        for (int k = 0; k < 256; k += 8) {
-            const unsigned b = holds ? *(const unsigned *)(m + (k + g) * C + 2 * j) : 0;
-            const float2 norm = *(const float2 *)(half_norm + k + 2 * j);
+        // Which 16 codewords hold the nearest of those this lane sees: k + 2j + {0, 1, 8, 9}?
+        for (int k = 0; k < 256; k += 16) {
+            unsigned b[2];
+            float start[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                b[half] = holds ? *(const unsigned *)(m + (k + 8 * half + g) * C + 2 * j) : 0;
+                const float2 norm = *(const float2 *)(half_norm + k + 8 * half + 2 * j);
+                start[half][0] = start[half][2] = norm.x, start[half][1] = start[half][3] = norm.y;
+            }
 #pragma unroll
             for (int i = 0; i < TILES; i++) {
-                float score[4] = {norm.x, norm.y, norm.x, norm.y};
-                mma(score, a[i], b, b);
+                float low[4], high[4];
+                mma(low, a[i], b[0], b[0], start[0]);
+                mma(high, a[i], b[1], b[1], start[1]);
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    if (score[e] < best[i][e / 2]) best[i][e / 2] = score[e], at[i][e / 2] = k + 2 * j + e % 2;
+                for (int r = 0; r < 2; r++) {
+                    const float score = fminf(fminf(low[2 * r], low[2 * r + 1]), fminf(high[2 * r], high[2 * r + 1]));
+                    at[i][r] = score < best[i][r] ? k : at[i][r];
+                    best[i][r] = fminf(best[i][r], score);
+                }
             }
         }
+        // A row's four lanes agree on the best four codewords; each looks at one of them once more, in f32.
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                for (int o = 1; o < 4; o *= 2) {    // over the lanes of a row
-                    const float other = __shfl_xor_sync(~0u, best[i][r], o);
-                    const int other_at = __shfl_xor_sync(~0u, at[i][r], o);
-                    if (other < best[i][r] || (other == best[i][r] && other_at < at[i][r])) best[i][r] = other, at[i][r] = other_at;
-                    bits[i][r] |= __shfl_xor_sync(~0u, bits[i][r], o);
-                }
                 const int v = v0 + 16 * i + 8 * r + g;
+                auto take_nearest = [](float &score, int &at) {
+                    for (int o = 1; o < 4; o *= 2) {
+                        const float other = __shfl_xor_sync(~0u, score, o);
+                        const int other_at = __shfl_xor_sync(~0u, at, o);
+                        if (other < score || (other == score && other_at < at)) score = other, at = other_at;
+                    }
+                };
+                int k = at[i][r] + 2 * j;
+                take_nearest(best[i][r], k);
+                k += j % 2 + j / 2 * 8;
+                float score = half_norm[k];
+                unsigned bits = 0;
+#pragma unroll
+                for (int c = 0; c < C; c += 2) {
+                    const float2 y = *(const float2 *)(x + v * C + c), w = __half22float2(*(const __half2 *)(m + k * C + c));
+                    bits |= (unsigned)(y.x < 0) << c | (unsigned)(y.y < 0) << (c + 1);
+                    score = fmaf(sign ? -fabsf(y.x) : -y.x, w.x, score);
+                    score = fmaf(sign ? -fabsf(y.y) : -y.y, w.y, score);
+                }
+                take_nearest(score, k);
                 if (j > 0 || s2[v / groups] == 0) continue;
-                code[v] = (uint8_t)at[i][r];
-                if (sign) sign[v] = (uint8_t)bits[i][r];
+                code[v] = (uint8_t)k;
+                if (sign) sign[v] = (uint8_t)bits;
             }
     }
 }
@@ -188,7 +213,8 @@ __device__ inline float scale_correction_warp(const NsnFields &f, int t, const f
     }
     xx = warp_sum(xx), xq = warp_sum(xq);
     if (!(xq > 0)) return 0.0f;
-    return ablated ? 1.0f : (float)(exponent == 1.0f ? xx / xq : pow(xx / xq, (double)exponent));
+    const float ratio = (float)xx / (float)xq;
+    return ablated ? 1.0f : exponent == 1.0f ? ratio : powf(ratio, exponent);
 }
 
 __device__ inline void store_scales_warp(const NsnFields &f, const float *s2) {
@@ -209,7 +235,7 @@ __device__ inline void store_scales_warp(const NsnFields &f, const float *s2) {
     if (lane == 0) f.s2_log8->min = min, f.s2_log8->step = step;
 }
 
-__global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
+__global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {
     const KvView &kv = a.kv;
     const int d = kv.d, h = blockIdx.y, thread = threadIdx.x, warp = thread / 32;
     const bool key = blockIdx.z % 2 == 0;
@@ -273,7 +299,7 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     __syncthreads();
     if (thread < KV_BLOCK) {
         const float s = f.s1->at(thread);
-        s1[thread] = s > 0 ? 1.0f / s : 0.0f;
+        s1[thread] = s > 0 ? 1.0f / s : 0.0f;    // inverses from here on
     }
     __syncthreads();
     if (thread < d) {
@@ -292,8 +318,8 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     if (thread < d) mean[thread] = f.mean_at(thread);
     __syncthreads();
 
+    // 3 to 5
     for (int t = warp; t < KV_BLOCK; t += SEAL_WARPS) {
-        // 3 to 5
         const bool turn = key && pre_rope, rotate = !(kv.ablate & NO_HADAMARD);
         const int pos = i * KV_BLOCK + t;
         const float norm = d <= 64    ? normalise_warp<2>(x + t * d, mean, d, turn, rotate, kv.rope, pos)
@@ -303,10 +329,10 @@ __global__ void __launch_bounds__(SEAL_THREADS) seal_kernel(SealArgs a) {
     }
     __syncthreads();
     // 6
-    const int groups = d / f.channels;
-    if (f.channels == 8) search<8>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
-    else if (f.channels == 4) search<4>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
-    else search<2>(f.code, f.sign, x, m, half_norm, s2, KV_BLOCK * groups, groups);
+    const int groups = d / f.channels, n = KV_BLOCK * groups;
+    if (f.channels == 8) search<8>(f.code, f.sign, x, m, half_norm, s2, n, groups);
+    else if (f.channels == 4) search<4>(f.code, f.sign, x, m, half_norm, s2, n, groups);
+    else search<2>(f.code, f.sign, x, m, half_norm, s2, n, groups);
     __syncthreads();
     // 7
     for (int t = warp; t < KV_BLOCK; t += SEAL_WARPS) {

@@ -28,7 +28,9 @@ template <class T> struct OnDevice {
     const Ops &ops;
     size_t n;
     T *p;
-    OnDevice(const Ops &ops, const std::vector<T> &host) : ops(ops), n(host.size()), p((T *)ops.alloc(n * sizeof(T))) { ops.upload(p, host.data(), n * sizeof(T)); }
+    OnDevice(const Ops &ops, const std::vector<T> &host) : ops(ops), n(host.size()), p((T *)ops.alloc(n * sizeof(T))) {
+        ops.upload(p, host.data(), n * sizeof(T));
+    }
     OnDevice(const OnDevice &) = delete;
     ~OnDevice() { ops.release(p); }
     std::vector<T> host() const {
@@ -250,7 +252,8 @@ TEST_CASE("cuda prefill: every pair of formats, sinks, recents, exact prefill, s
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = kept * 64, o.recent = kept % 2 * 128, o.exact_prefill = exact;
                         Sequences s(*gpu, attention_config(2, 2 + kept, d), {420, 64, 200, 9}, o);
-                        INFO("K ", std::string(kv_format_name(o.k_format)), " V ", std::string(kv_format_name(o.v_format)), " d ", d, " kept ", kept, " exact ", exact);
+                        INFO("K ", std::string(kv_format_name(o.k_format)), " V ", std::string(kv_format_name(o.v_format)),
+                             " d ", d, " kept ", kept, " exact ", exact);
                         s.feed({{0, 290}, {0, 1}, {0, 199}, {0, 0}});
                         worst = std::max(worst, check_step(*gpu, s, {{290, 420}, {1, 64}, {199, 200}, {0, 9}}));
                     }
