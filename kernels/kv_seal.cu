@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {
 
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n) {
     const int bytes = KV_BLOCK * kv.d * (int)sizeof(float);
-    static const cudaError_t allowed = cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, KV_BLOCK * MAX_HEAD_DIM * (int)sizeof(float));
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, KV_BLOCK * MAX_HEAD_DIM * (int)sizeof(float));
     CUDA_CHECK(allowed);
     const SealArgs a = {kv, k16, v16, step.on_device, step.on_slots, step.on_last_pos, sealed_format(kv.k_format, kv.d), sealed_format(kv.v_format, kv.d), layer};
     seal_kernel<<<dim3(n, kv.Hkv, 2 * (int)step.slots.size()), SEAL_THREADS, bytes, stream>>>(a);

@@ -68,7 +68,8 @@ struct Sequences {
     }
     static std::vector<float> gather(const std::vector<std::vector<float>> &from, const std::vector<Span> &spans, int n) {
         std::vector<float> x;
-        for (size_t s = 0; s < spans.size(); s++) x.insert(x.end(), from[s].begin() + (size_t)spans[s].from * n, from[s].begin() + (size_t)spans[s].until * n);
+        for (size_t s = 0; s < spans.size(); s++)
+            x.insert(x.end(), from[s].begin() + (size_t)spans[s].from * n, from[s].begin() + (size_t)spans[s].until * n);
         return x;
     }
     // The CPU's cache after these rows; k16, v16: the rows themselves.
@@ -88,7 +89,8 @@ struct Sequences {
         cpu::kv_keep(on_cpu.view, 0, k16.data(), v16.data(), rows.batch());
     }
     // The GPU's attention over the CPU's cache; by ops.attention, or the prefill kernels alone.
-    std::vector<float> attend(const Ops &gpu, const std::vector<Span> &spans, const std::vector<f16> &k16, const std::vector<f16> &v16, bool *served) const {
+    std::vector<float> attend(const Ops &gpu, const std::vector<Span> &spans, const std::vector<f16> &k16, const std::vector<f16> &v16,
+                              bool *served) const {
         const KvView &a = on_cpu.view, &g = on_gpu.view;
         const int64_t blocks = (int64_t)a.L * a.n_blocks * a.Hkv, exact = (int64_t)a.L * a.B * a.n_exact() * a.Hkv * KV_BLOCK * a.d * 2;
         gpu.upload(g.k_sealed, a.k_sealed, blocks * a.k_block_bytes), gpu.upload(g.v_sealed, a.v_sealed, blocks * a.v_block_bytes);
