@@ -17,8 +17,8 @@
    Order     Blocks in order, wherever windows begin: a row's bits do not depend on the other rows of the step.
    Cost      2 d multiply-adds a query and token on tensor cores.  The context is unpacked once a step and layer: reads the cache,
              writes 4 d bytes a token and kv head, and every query tile reads them, from L2 mostly.
-   Limits    d of 64 or 128, nothing switched off (ablate), more than FEW_ROWS rows: other steps are attention_any.cu's.  A channel of a
-             turned key or of an unpacked code beyond 65504 becomes infinite, like everything in f16.
+   Limits    d of 64 or 128, f16 and NSN formats, nothing switched off (ablate), more than FEW_ROWS rows, two of one slot: other steps
+             are attention_any.cu's.  A channel of a turned key or an unpacked code beyond 65504 becomes infinite, as f16 does.
    Source    Dao, FlashAttention-2 (arXiv 2307.08691), section 3, for the online softmax.
    Tested by tests/test_cuda_prefill.cpp                                                                             */
 #ifdef __CUDACC__
@@ -324,7 +324,8 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     const int64_t block_bytes = (int64_t)kv.Hkv * KV_BLOCK * d * sizeof(f16), window = window_bytes(kv.Hkv, d);
     const int versions = kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16 ? 1 : 2;
     const int W = (int)(window / (2 * versions * block_bytes * n_slots));
-    if (b.N <= FEW_ROWS || b.N == n_slots || (d != 64 && d != 128) || kv.ablate || W == 0) return false;
+    if (b.N <= FEW_ROWS || step.single_rows() || (d != 64 && d != 128) || kv.ablate || W == 0) return false;
+    if (kv_is_scalar(kv.k_format) || kv_is_scalar(kv.v_format)) return false;
     int tile_rows = 1, n_blocks = 1;
     for (const RowTile &t : step.tiles) {
         tile_rows = std::max(tile_rows, t.rows);

@@ -22,14 +22,15 @@ constexpr int SEAL_WARPS = 16, SEAL_THREADS = 32 * SEAL_WARPS;
 static_assert(SEAL_THREADS >= MAX_HEAD_DIM && SEAL_THREADS >= 256, "a thread a channel, a thread a codeword");
 
 SealedFormat sealed_format(KvFormat format, int d) {
-    alignas(16) static uint8_t origin[KV_BLOCK * MAX_HEAD_DIM * 2 + 4096];    // never read: addresses only
+    alignas(16) static uint8_t origin[KV_BLOCK * MAX_HEAD_DIM * 2 + 4096], beside[1];    // never read: addresses only
     SealedFormat f = {};
+    f.origin = origin, f.beside = beside;
     with_format(format, d, [&](auto type) {
         using Format = decltype(type);
-        if constexpr (Format::has_code && Format::has_plain) {    // NSN
-            static_assert(sizeof(typename Format::Block) <= sizeof origin, "room for the largest block");
-            f = {nsn_fields(type, *(typename Format::Block *)origin), origin, Format::delta};
-        }
+        static_assert(sizeof(typename Format::Block) <= sizeof origin, "room for the largest block");
+        auto &block = *(typename Format::Block *)origin;
+        if constexpr (Format::has_code && Format::has_plain) f.at_origin = nsn_fields(type, block), f.delta = Format::delta;    // NSN
+        else if constexpr (Format::has_code) f.scalar_at_origin = Format::fields(block, (int8_t *)beside);
     });
     return f;
 }
@@ -239,6 +240,7 @@ __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {
     const KvView &kv = a.kv;
     const int d = kv.d, h = blockIdx.y, thread = threadIdx.x, warp = thread / 32;
     const bool key = blockIdx.z % 2 == 0;
+    if (kv_is_scalar(key ? kv.k_format : kv.v_format)) return;
     const SlotRows rows = a.slots[blockIdx.z / 2];
     const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row], begin = kv.coded_end(p0 - 1), end = kv.coded_end(a.last_pos[rows.row]);
     const int i = begin + blockIdx.x;
@@ -344,6 +346,8 @@ __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {
 }
 
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n) {
+    seal_scalar_blocks(kv, layer, k16, v16, step, n);
+    if (kv_is_scalar(kv.k_format) && kv_is_scalar(kv.v_format)) return;
     const int bytes = KV_BLOCK * kv.d * (int)sizeof(float);
     static const cudaError_t allowed =
         cudaFuncSetAttribute(seal_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, KV_BLOCK * MAX_HEAD_DIM * (int)sizeof(float));

@@ -1,7 +1,6 @@
 #include "kv_cache.h"
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 KvCache::~KvCache() {
     for (void *p : memory) ops->release(p);
@@ -61,8 +60,6 @@ double kv_bytes_per_token(const Config &c, const KvOptions &o) {
 void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOptions &o, int slots, int context) {
     KvView v = shape_of(c, o, slots, context);
     const Sizes s = sizes_of(v);
-    for (KvFormat f : {v.k_format, v.v_format})
-        if (!kv_has_cuda(f) && strcmp(ops.name, cpu_ops.name) != 0) refuse("--kv %s: the %s backend has no kernels for it; use -d cpu", kv_format_name(f), ops.name);
     cache.ops = &ops;
     cache.context = context;
     auto take = [&](int64_t bytes) {

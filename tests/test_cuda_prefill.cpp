@@ -1,14 +1,10 @@
 // test_cuda_prefill.cpp - attention of many rows on tensor cores against f64: formats, head shapes, steps of any size at any
 // position, windows.  Skips, and says so, without CUDA or without a device.
-#include <doctest/doctest.h>
 #include <algorithm>
-#include "cases.h"
+#include "cuda_case.h"
 #include "hadamard.h"
 #include "kv_cache.h"
 
-namespace reference {
-void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
-}
 #if WITH_CUDA
 namespace cuda {
 bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
@@ -16,30 +12,6 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
 #endif
 
 namespace {
-const Ops *find_gpu() {
-    static std::string why_not;
-    static const Ops *ops = cuda_ops(&why_not);
-    if (!ops) MESSAGE("SKIPPED: ", why_not);
-    return ops;
-}
-
-// n values on the device.
-template <class T> struct OnDevice {
-    const Ops &ops;
-    size_t n;
-    T *p;
-    OnDevice(const Ops &ops, const std::vector<T> &host) : ops(ops), n(host.size()), p((T *)ops.alloc(n * sizeof(T))) {
-        ops.upload(p, host.data(), n * sizeof(T));
-    }
-    OnDevice(const OnDevice &) = delete;
-    ~OnDevice() { ops.release(p); }
-    std::vector<T> host() const {
-        std::vector<T> x(n);
-        ops.download(x.data(), p, n * sizeof(T));
-        return x;
-    }
-};
-
 // Rows from .. until-1 of a sequence.
 struct Span { int from, until; };
 
@@ -244,8 +216,8 @@ TEST_CASE("cuda prefill: every pair of formats, sinks, recents, exact prefill, s
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     double worst = 0;
-    for (int k = 0; kv_has_cuda((KvFormat)k); k++)
-        for (int v = 0; kv_has_cuda((KvFormat)v); v++)
+    for (int k = 0; !kv_is_scalar((KvFormat)k); k++)
+        for (int v = 0; !kv_is_scalar((KvFormat)v); v++)
             for (int d : {64, 128})
                 for (int kept : {0, 1, 2})
                     for (bool exact : {false, true}) {
