@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(32) attention_merge_kernel(float *y, const flo
 // ---- launch -----------------------------------------------------------------------------------------------
 int64_t attention_work_bytes(const StepShape &shape) {
     const int64_t segments = (int64_t)std::min(shape.N, SPLIT_ROWS) * shape.Hq * MAX_SEGMENTS;
-    return segments * (2 * shape.d * sizeof(float) + sizeof(float2));
+    return std::max<int64_t>(segments * (2 * shape.d * sizeof(float) + sizeof(float2)), attention_prefill_work_bytes(shape));
 }
 
 template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_rows, int n_segments) {
@@ -346,6 +346,7 @@ template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_row
 }
 
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
+    if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();
     Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, b.N <= SPLIT_ROWS};

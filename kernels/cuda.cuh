@@ -97,6 +97,9 @@ __device__ inline float silu(float x) {
     return x * (x > 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
+// attention for steps of many rows (attention_prefill.cu); false: not a step that it serves, and nothing is done.
+bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
+
 // Sums in a fixed order; every lane gets the result.
 template <class T> __device__ inline T warp_sum(T x) {
     for (int o = 16; o > 0; o /= 2) x += __shfl_xor_sync(~0u, x, o);
@@ -113,7 +116,7 @@ template <class Float> __device__ inline void hadamard_warp(Float *x, int d) {
     for (int h = 1; h < p; h *= 2) {
         __syncwarp();
         for (int k = lane; k < d / 2; k += 32) {
-            const int j = k / h * 2 * h + k % h;
+            const int j = 2 * k - (k & (h - 1));    // k / h * 2 h + k % h
             const Float a = x[j], b = x[j + h];
             x[j] = a + b, x[j + h] = a - b;
         }
@@ -126,5 +129,6 @@ template <class Float> __device__ inline void hadamard_warp(Float *x, int d) {
 
 // Scratch of one op, see the pages.
 int64_t attention_work_bytes(const StepShape &shape);
+int64_t attention_prefill_work_bytes(const StepShape &shape);
 int64_t matmul_work_bytes(const StepShape &shape);
 }    // namespace cuda

@@ -178,6 +178,9 @@ TEST_CASE("cuda: embed, gather, rmsnorm, rope against the CPU") {
 
 // A few hundred roundings of 2^-24; softmax amplifies by |score| ~ 10.
 constexpr double ATTENTION_BOUND = 4e-6;
+// Tensor cores take the larger steps of these head dimensions: test_cuda_prefill.cpp, whose bound this is for q = 2, k = v = 1.
+static bool on_tensor_cores(int rows, int d) { return rows > 8 && (d == 64 || d == 128); }
+static double attention_bound(size_t rows, int d) { return on_tensor_cores((int)rows, d) ? 0.9e-3 : ATTENTION_BOUND; }
 
 TEST_CASE("cuda: attention against the f64 reference: every head shape, prefill and decode, lengths at every edge") {
     const Ops *gpu = find_gpu();
@@ -190,8 +193,7 @@ TEST_CASE("cuda: attention against the f64 reference: every head shape, prefill 
             INFO("d ", d, " G ", G);
             s.step(s.ends(12), nullptr);
             const std::vector<float> prefill = s.step(s.ends(1), &want);
-            CHECK(relative_l2(prefill, want) < ATTENTION_BOUND);
-            worst = std::max(worst, relative_l2(prefill, want));
+            CHECK(relative_l2(prefill, want) < attention_bound(prefill.size() / (2 * G * d), d));
             const std::vector<float> decode = s.step(s.ends(0), &want);
             CHECK(relative_l2(decode, want) < ATTENTION_BOUND);
             worst = std::max(worst, relative_l2(decode, want));
@@ -217,8 +219,9 @@ TEST_CASE("cuda: attention over every pair of formats, the CPU's codes") {
                 s.step(s.ends(5), nullptr);
                 for (int back : {1, 0}) {
                     const std::vector<float> got = s.step(s.ends(back), &want, true, true);
-                    CHECK(relative_l2(got, want) < ATTENTION_BOUND);
-                    worst = std::max(worst, relative_l2(got, want));
+                    const double bound = attention_bound(got.size() / (3 * d), d);
+                    CHECK(relative_l2(got, want) < bound);
+                    if (bound == ATTENTION_BOUND) worst = std::max(worst, relative_l2(got, want));
                 }
             }
     MESSAGE("largest relative error: ", worst);
@@ -295,6 +298,12 @@ TEST_CASE("cuda: attention: prefill of any step size, decode and batch neighbour
                 }
                 return y;
             };
+            if (on_tensor_cores(9, d)) {    // few rows in any step, and many (test_cuda_prefill.cpp) are two orders of adding up
+                const auto want = run({0, 1, 2, 3, 4}, 1);
+                CHECK(run({0, 1, 2, 3, 4}, 1) == want);
+                for (int w = 0; w < 5; w++) CHECK(run({w}, 8)[0] == want[w]);
+                continue;
+            }
             const auto want = run({0, 1, 2, 3, 4}, 512);
             CHECK(run({0, 1, 2, 3, 4}, 512) == want);
             for (int rows : {1, 7, 64, 65, 2000}) {
