@@ -41,8 +41,8 @@ batch -n 20 --batch 3 --json --temp 1 >"$work/json"
 [ "$(sed -n 1p "$work/json" | get logits_hash)" != "$(sed -n 8p "$work/json" | get logits_hash)" ] || die "one seed for two lines"
 
 # exact prefill: a prompt is one step, whoever else is in it
-batch -n 5 -c 1024 --kv nsn1 --prefill exact --batch 1 >"$work/want"
-batch -n 5 -c 1024 --kv nsn1 --prefill exact --batch 3 >"$work/out"
+batch -n 5 -c 1024 --kv nsn1 --prefill exact --json --batch 1 >"$work/want"
+batch -n 5 -c 1024 --kv nsn1 --prefill exact --json --batch 3 >"$work/out"
 same "$work/out" "$work/want"
 
 # JSON: a line each, in order, the text alone
@@ -53,8 +53,8 @@ sed -n 5p "$work/json" | grep -q '"prompt":"\\"I am glad,\\" said the"' || die "
 "$run" $model -p "The old man" -n 5 --json 2>/dev/null | grep -q '^{"prompt":"The old man","text":' || die "--json of one prompt"
 
 # stops: each sequence ends for its own reason; -n 0 prints the prompts
-batch -c 600 --batch 8 -n 589 >/dev/null
-grep -q "^1 of 8 stopped: the context of 600 tokens is full" "$work/err" || die "context: $(cat "$work/err")"
+batch -c 730 --batch 8 -n 10 >/dev/null
+grep -q "^1 of 8 stopped: the context of 730 tokens is full" "$work/err" || die "context: $(cat "$work/err")"
 tail -n 1 "$work/err" | grep -q '"stops":{"context":1,"length":7}' || die "stops: $(tail -n 1 "$work/err")"
 printf 'one\r\ntwo' | "$run" $model - --batch 2 -n 0 2>/dev/null >"$work/out"
 printf 'one\n---\ntwo\n---\n' >"$work/want"
