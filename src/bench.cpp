@@ -144,7 +144,6 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
         fflush(stdout);
     };
 
-    std::string problem;
     for (const KvOptions &kv : o.kvs)
         for (const int B : o.batches) {
             auto plan_for = [&](int depth, int most_rows) {
@@ -157,7 +156,6 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                 const std::string line = memory_problem(m, ops, plan);
                 if (line.empty()) fitting.push_back(depth);
                 else {
-                    problem = line;
                     fprintf(stderr, "left out: depth %d: %s\n", depth, line.c_str());
                     too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()}, {"available_bytes", ops.available()}});
                 }
@@ -167,7 +165,7 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
             if (!memory_problem(m, ops, plan).empty()) plan = plan_for(fitting.back(), BENCH_ROWS);
             bench_cache(m, ops, o, plan, fitting, memory_before, print_row);
         }
-    if (rows.empty()) fail("%s", problem.c_str());
+    if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
         OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed}, {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
         if (!too_large.empty()) all["too_large"] = too_large;

@@ -100,15 +100,15 @@ void generate(const Model &m, const Ops &ops, const Options &o) {
     const Config &c = m.config;
     const int context = o.context > 0 ? o.context : c.max_len;
     std::vector<Story> stories = make_stories(m, o, context);
-    if (context > c.max_len) fprintf(stderr, "note: -c %d is beyond the %d positions the model was trained for\n", context, c.max_len);
 
-    // Memory: the cache holds what this run can use, no more.
+    // the cache holds what this run can use, no more
     int slot_len = 0, longest = 0;
     for (const Story &s : stories) slot_len = std::max(slot_len, s.n_prompt + s.wanted), longest = std::max(longest, s.n_prompt);
     const int slots = (int)std::min<size_t>(std::max(1, o.batch), stories.size());
     // An exact prompt is one step (kv_block.h); every other sequence has its row in that step too.
     const int rows = o.kv.exact_prefill ? longest + slots - 1 : (int)std::min<int64_t>(std::max(STEP_ROWS, slots), (int64_t)slots * longest);
     announce_memory(m, ops, {o.kv, slots, slot_len, rows, slots}, false);
+    if (context > c.max_len) fprintf(stderr, "note: -c %d is beyond the %d positions the model was trained for\n", context, c.max_len);
     KvCache cache;
     kv_cache_open(cache, ops, c, o.kv, slots, slot_len);
     Activations a;

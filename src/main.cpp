@@ -173,7 +173,7 @@ static Options parse(int argc, char **argv) {
         else if (a == "-d" || a == "--device" || a == "--depth") {
             const std::string text = value(a);
             if (text == "cpu" || text == "cuda") o.device = text;
-            else if (text.find_first_not_of("0123456789,") == std::string::npos && !text.empty()) o.depths = integers(a, text, 0);
+            else if (text.find_first_not_of("0123456789,") == std::string::npos && !text.empty()) o.depths = integers(a, text, 0, 1 << 28);
             else refuse("-d '%s': expected cpu, cuda, or depths such as 0,4096 with --bench", text.c_str());
         }
         else if (a == "--scale-exponent") {
@@ -200,7 +200,7 @@ static Options parse(int argc, char **argv) {
             if (name != "f32" && name != "f16" && name != "bf16") refuse("--dtype '%s': expected f32, f16 or bf16", name.c_str());
             o.dtype = name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16, dtype_given = true;
         }
-        else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1);
+        else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1, 1 << 28);
         else if (a == "--json") o.json = true;
         else if (a == "-ngl") refuse("-ngl: there is no split by layers; -d cuda runs the whole model on the GPU");
         else if (a == "-z") refuse("-z: the tokenizer is part of the model file (build/convert SRC -o model.bin --tokenizer FILE)");

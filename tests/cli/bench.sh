@@ -19,6 +19,12 @@ for key in prefill_tok_s decode_tok_s gb_s share limit_tok_s announced_bytes tak
 done
 "$run" $model --bench -d 70 -n 2 --prompt-tokens 8 -ctk nsn4b -ctv nsn2b >"$work/out" 2>/dev/null && grep -qE "^ +70 +1 nsn4b/nsn2b " "$work/out" || die "table: $(cat "$work/out")"
 
+# a depth that does not fit is left out and said; the others are measured
+"$run" $model --bench -d 0,200000000 -b 100 -n 1 --prompt-tokens 1 --json >"$work/json" 2>"$work/err" || die "-d 200000000: $(cat "$work/err")"
+grep -q "^left out: depth 200000000: memory: " "$work/err" && grep -q '"rows":\[{"depth":0,.*"too_large":\[{"depth":200000000,' "$work/json" || die "too large: $(cat "$work/err" "$work/json")"
+"$run" $model --bench -d 200000000 -b 100 >"$work/out" 2>"$work/err" && die "nothing fits, and exit code 0"
+tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$work/err")"
+
 refuses 2 "a list is for --bench" "$run" $model -p x --kv f16,nsn2b
 refuses 2 "a list is for --bench" "$run" $model --ppl x -b 1,2
 refuses 2 "names 2 formats for both" "$run" $model --bench --kv f16,nsn2b -ctk nsn1
