@@ -82,7 +82,8 @@ struct Row {
 
 // All depths of one cache; visit gets every row.
 template <class Visit>
-static void bench_cache(const Model &m, const Ops &ops, const Options &o, const MemoryPlan &plan, const std::vector<int> &depths, int64_t memory_before, Visit visit) {
+static void bench_cache(const Model &m, const Ops &ops, const Options &o, const MemoryPlan &plan, const std::vector<int> &depths, int64_t memory_before,
+                        Visit visit) {
     const int P = o.bench_prompt, T = o.bench_tokens, B = plan.slots;
     Bench b(m, ops, plan);
     // Not measured: the first touch of weights and buffers, and what a device loads or records when it first sees a step.
@@ -127,20 +128,22 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
 
     OrderedJson rows = OrderedJson::array(), too_large = OrderedJson::array();
     if (!o.json) {
-        printf("read bandwidth %.1f GB/s (%lld MiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth, (long long)(buffer >> 20), ops.name, weights_speed);
-        printf("%6s %4s %11s %11s %11s   %-32s %8s %6s %10s   %s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step = weights+codes+fp16", "GB/s", "share",
-               "limit t/s", "MiB announced, taken");
+        printf("read bandwidth %.1f GB/s (%lld MiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth,
+               (long long)(buffer >> 20), ops.name, weights_speed);
+        printf("%6s %4s %11s %11s %11s   %-32s %8s %6s %10s   %s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step = weights+codes+fp16",
+               "GB/s", "share", "limit t/s", "MiB announced, taken");
     }
     auto print_row = [&](const Row &r) {
         const std::string kv = kv_pair_name(r.kv);
         const double decode = r.slots / r.decode_s, share = r.gb_s() / bandwidth, limit = r.limit_tok_s(bandwidth);
-        rows.push_back({{"depth", r.depth}, {"b", r.slots}, {"kv", kv}, {"prefill_tok_s", r.prefill_tok_s}, {"decode_tok_s", decode}, {"bytes_per_step", r.bytes()},
-                        {"weights_bytes_per_step", r.weights}, {"coded_bytes_per_step", r.coded}, {"exact_bytes_per_step", r.exact}, {"gb_s", r.gb_s()},
-                        {"share", share}, {"limit_tok_s", limit}, {"announced_bytes", r.announced}, {"taken_bytes", r.taken}});
+        rows.push_back({{"depth", r.depth}, {"b", r.slots}, {"kv", kv}, {"prefill_tok_s", r.prefill_tok_s}, {"decode_tok_s", decode},
+                        {"bytes_per_step", r.bytes()}, {"weights_bytes_per_step", r.weights}, {"coded_bytes_per_step", r.coded},
+                        {"exact_bytes_per_step", r.exact}, {"gb_s", r.gb_s()}, {"share", share}, {"limit_tok_s", limit},
+                        {"announced_bytes", r.announced}, {"taken_bytes", r.taken}});
         if (o.json) return;
         const std::string bytes = strf("%.2f = %.2f+%.2f+%.2f", r.bytes() / 1e6, r.weights / 1e6, r.coded / 1e6, r.exact / 1e6);
-        printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode, bytes.c_str(), r.gb_s(),
-               100 * share, limit, r.announced / 1048576.0, r.taken / 1048576.0);
+        printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode,
+               bytes.c_str(), r.gb_s(), 100 * share, limit, r.announced / 1048576.0, r.taken / 1048576.0);
         fflush(stdout);
     };
 
@@ -157,7 +160,8 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                 if (line.empty()) fitting.push_back(depth);
                 else {
                     fprintf(stderr, "left out: depth %d: %s\n", depth, line.c_str());
-                    too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()}, {"available_bytes", ops.available()}});
+                    too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()},
+                                         {"available_bytes", ops.available()}});
                 }
             }
             if (fitting.empty()) continue;
@@ -167,7 +171,8 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
         }
     if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
-        OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed}, {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
+        OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
+                           {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
         if (!too_large.empty()) all["too_large"] = too_large;
         printf("%s\n", all.dump().c_str());
     }

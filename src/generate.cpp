@@ -81,7 +81,8 @@ static void continue_story(Story &s, int id, const std::vector<int> &eos, const 
         if (s.wanted == 0) return end(enough);
     }
     if (id < 0)
-        fail("%s: logits at position %d are not numbers: the weights hold NaN or infinity (build/show %s checks them)", s.name.c_str(), s.fed - 1, o.model.c_str());
+        fail("%s: logits at position %d are not numbers: the weights hold NaN or infinity (build/show %s checks them)", s.name.c_str(), s.fed - 1,
+             o.model.c_str());
     if (std::find(eos.begin(), eos.end(), id) != eos.end()) return end("eos");
     s.text += decoder_next(s.decoder, id);
     s.ids.push_back(id);

@@ -209,7 +209,8 @@ static Options parse(int argc, char **argv) {
         else if (o.model.empty()) o.model = a;
         else refuse("'%s': a second model? the first is '%s' (a prompt needs -p)", a.c_str(), o.model.c_str());
     }
-    if ((!o.shape.empty() || dtype_given) && !(o.bench && !o.shape.empty())) refuse("--shape and --dtype: only for --bench --shape S; a prompt needs a MODEL.bin (build/random_model makes one)");
+    if ((!o.shape.empty() || dtype_given) && !(o.bench && !o.shape.empty()))
+        refuse("--shape and --dtype: only for --bench --shape S; a prompt needs a MODEL.bin (build/random_model makes one)");
     if (!o.shape.empty() && !o.model.empty()) refuse("--shape %s: takes no model, and '%s' is one", o.shape.c_str(), o.model.c_str());
     if (!o.shape.empty()) o.model = o.shape;
     if (o.model.empty()) refuse("no model given: run MODEL.bin -p \"Once upon a time\" (run --help)");

@@ -34,6 +34,7 @@ Model random_weights(const Config &c, DType type, const Ops &ops) {
         if (type == DType::bf16) ((bf16 *)numbers.data())[i] = to_bf16(w);
     }
     for (int64_t at = 0; at < all; at += (int64_t)numbers.size()) ops.upload(to + at, numbers.data(), std::min<int64_t>(numbers.size(), all - at));
+    if (type == DType::bf16 && ops.bf16_to_f16(to, all / 2)) type = DType::f16;    // as model_upload does
 
     const std::vector<float> ones(c.dim, 1.0f);
     std::map<std::string, Matrix> found;
