@@ -46,8 +46,7 @@ std::string memory_problem(const Model &m, const Ops &ops, const MemoryPlan &pla
     std::string formats;
     for (int f = 0; f < (int)KvFormat::count; f++) {
         smaller.kv.k_format = smaller.kv.v_format = (KvFormat)f;
-        const bool runs = kv_has_cuda((KvFormat)f) || strcmp(ops.name, cpu_ops.name) == 0;
-        if (runs && fits(smaller)) formats += (formats.empty() ? "" : "|") + std::string(kv_format_name((KvFormat)f));
+        if (fits(smaller)) formats += (formats.empty() ? "" : "|") + std::string(kv_format_name((KvFormat)f));
     }
     std::vector<std::string> advice;
     if (blocks > 0) advice.push_back(strf("up to %d tokens a sequence", blocks * KV_BLOCK));
