@@ -5,8 +5,9 @@
              so queries stay as they are.
    Work      A thread block takes a query tile and one kv head: up to M of the rows x G queries of a row tile (rows of one slot in
              one block of positions).  Block after block of the cache goes through shared memory as f32 (KV_BLOCK, d), at most
-             four times: K plain, K code, V plain, V code.  Warp w owns queries w M/8 .. : its lanes hold the scores of tokens
-             lane and lane + 32, then channels of the sums, so softmax never leaves the warp.
+             four times: K plain, K code, V plain, V code; blocks in a scalar format have no plain half.  Warp w owns queries
+             w M/8 .. : its lanes hold the scores of tokens lane and lane + 32, then channels of the sums, so softmax never leaves
+             the warp.
    Order     Blocks of a segment are added to one triple (m, l, o) in order, segments are merged in order.  A segment is
              max(MIN_SEGMENT, n_blocks / MAX_SEGMENTS) blocks, where n_blocks is what the row sees: a function of the row's
              position alone.  With few rows every segment is a thread block of its own and a second kernel merges; with many one
@@ -14,7 +15,7 @@
    Cost      f32 multiply-adds from shared memory: about a tenth of what tensor cores do, and K and V pass through shared memory
              twice.  For every shape to be right; shapes that matter have pages of their own.
    Limits    d a multiple of 8, at most 256.  Shared memory 85 KiB at most.
-   Tested by tests/test_cuda.cpp                                                                                     */
+   Tested by tests/test_cuda.cpp, tests/test_cuda_baselines.cpp                                                        */
 #ifdef __CUDACC__
 #include <algorithm>
 #include "cuda.cuh"
@@ -49,13 +50,35 @@ struct Args {
 // tile (KV_BLOCK, stride) <- the code or the plain half of a sealed block: Format::load_code and load_plain for a head
 // dimension known at run time.
 // Tried: those two themselves, for every format and head dimension: the same numbers, minutes of nvcc.
-__device__ inline void stage_code(float *tile, int stride, const SealedFormat &f, uint8_t *block, const int8_t *codebook, int d) {
-    const NsnFields b = f.fields(block);
+__device__ inline void stage_nsn(float *tile, int stride, const NsnFields &b, float delta, const int8_t *codebook, int d) {
     for (int i = threadIdx.x; i < KV_BLOCK * d; i += THREADS) {
         const int t = i / d, c = i % d, C = b.channels;
-        const float s = b.s1->at(t) * b.s2(t) * f.delta, w = s * (codebook[b.code[t * (d / C) + c / C] * C + c % C] + 0.5f);
+        const float s = b.s1->at(t) * b.s2(t) * delta, w = s * (codebook[b.code[t * (d / C) + c / C] * C + c % C] + 0.5f);
         tile[t * stride + c] = b.sign && b.sign[t * (d / 8) + c / 8] >> c % 8 & 1 ? -w : w;
     }
+}
+__device__ inline void stage_scalars(float *tile, int stride, const ScalarFields &b, int d) {
+    for (int i = threadIdx.x; i < KV_BLOCK * d; i += THREADS) tile[i / d * stride + i % d] = b.value(i / d, i % d);
+    if (!b.basis) return;
+    __syncthreads();
+    const int w = basis_width(d), across = d / w;
+    for (int i = threadIdx.x; i < KV_BLOCK * across; i += THREADS) {    // w channels a thread: U times the matrix, as ScalarFields::at
+        float u[16], *x = tile + i / across * stride + i % across * w;
+#pragma unroll
+        for (int k = 0; k < 16; k++) u[k] = k < w ? x[k] : 0.0f;
+        for (int c = 0; c < w; c++) {
+            float sum = 0;
+#pragma unroll
+            for (int k = 0; k < 16; k++)
+                if (k < w) sum = fmaf(u[k], to_f32(b.basis[k * w + c]), sum);
+            x[c] = sum;
+        }
+    }
+}
+// beside: what KvView::beside has for the block.
+__device__ inline void stage_code(float *tile, int stride, const SealedFormat &f, bool scalar, uint8_t *block, int8_t *beside, int d) {
+    if (scalar) stage_scalars(tile, stride, f.scalar_fields(block, beside), d);
+    else stage_nsn(tile, stride, f.fields(block), f.delta, beside, d);
 }
 __device__ inline void stage_plain(float *tile, int stride, const SealedFormat &f, uint8_t *block, int d) {
     const NsnFields b = f.fields(block);
@@ -126,7 +149,10 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
     const int n_blocks = pos / KV_BLOCK + 1, segment = segment_blocks(n_blocks);
     const int begin = a.split ? blockIdx.z * segment : 0, end = a.split ? min(begin + segment, n_blocks) : n_blocks;
     if (begin >= end) return;
-    const bool has_hadamard = !(kv.ablate & NO_HADAMARD);
+    // scalar formats have no plain half, and not all of them rotate
+    const bool k_scalar = kv_is_scalar(kv.k_format), v_scalar = kv_is_scalar(kv.v_format), has_hadamard = !(kv.ablate & NO_HADAMARD);
+    const bool k_rotated = has_hadamard && (!k_scalar || a.k_sealed.scalar_at_origin.rotated);
+    const bool v_rotated = has_hadamard && (!v_scalar || a.v_sealed.scalar_at_origin.rotated);
 
     extern __shared__ float shared[];
     float *x = shared;                          // (KV_BLOCK, STRIDE) the block's half in work
@@ -198,17 +224,19 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
         // scores
         for (int r = 0; r < R; r++) s[r][0] = s[r][1] = 0.0f;
         __syncthreads();
-        if (k_coded) stage_plain(x, STRIDE, a.k_sealed, k_block, d);
-        else stage_rows(x, STRIDE, f16_rows(i, sealed, k_block, kv.k_exact, a.k16), d);
-        __syncthreads();
-        if (!(k_coded && kv.ablate & NO_PRE_ROPE)) turn_rows(x, STRIDE, kv.rope, i * KV_BLOCK, d);
-        __syncthreads();
-        add_scores(q);
+        if (!(k_coded && k_scalar)) {
+            if (k_coded) stage_plain(x, STRIDE, a.k_sealed, k_block, d);
+            else stage_rows(x, STRIDE, f16_rows(i, sealed, k_block, kv.k_exact, a.k16), d);
+            __syncthreads();
+            if (!(k_coded && kv.ablate & NO_PRE_ROPE)) turn_rows(x, STRIDE, kv.rope, i * KV_BLOCK, d);
+            __syncthreads();
+            add_scores(q);
+        }
         if (k_coded) {
             __syncthreads();
-            stage_code(x, STRIDE, a.k_sealed, k_block, kv.k_codebook, d);
+            stage_code(x, STRIDE, a.k_sealed, k_scalar, k_block, kv.beside(true, a.layer, slot, h, i), d);
             __syncthreads();
-            add_scores(has_hadamard ? Rq : q);
+            add_scores(k_rotated ? Rq : q);
         }
         // softmax: the block into the triples' m and l; scores become weights
 #pragma unroll
@@ -226,15 +254,17 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
         }
         // values
         __syncthreads();
-        if (v_coded) stage_plain(x, STRIDE, a.v_sealed, v_block, d);
-        else stage_rows(x, STRIDE, f16_rows(i, sealed, v_block, kv.v_exact, a.v16), d);
-        __syncthreads();
-        add_values(part.o[0]);
+        if (!(v_coded && v_scalar)) {
+            if (v_coded) stage_plain(x, STRIDE, a.v_sealed, v_block, d);
+            else stage_rows(x, STRIDE, f16_rows(i, sealed, v_block, kv.v_exact, a.v16), d);
+            __syncthreads();
+            add_values(part.o[0]);
+        }
         if (v_coded) {
             __syncthreads();
-            stage_code(x, STRIDE, a.v_sealed, v_block, kv.v_codebook, d);
+            stage_code(x, STRIDE, a.v_sealed, v_scalar, v_block, kv.beside(false, a.layer, slot, h, i), d);
             __syncthreads();
-            if (has_hadamard) add_values(part.o[1]);
+            if (v_rotated) add_values(part.o[1]);
             else add_values(part.o[0]);
         }
         // the segment ends
@@ -303,7 +333,7 @@ __global__ void __launch_bounds__(32) attention_merge_kernel(float *y, const flo
 // ---- launch -----------------------------------------------------------------------------------------------
 int64_t attention_work_bytes(const StepShape &shape) {
     const int64_t segments = (int64_t)std::min(shape.N, SPLIT_ROWS) * shape.Hq * MAX_SEGMENTS;
-    return segments * (2 * shape.d * sizeof(float) + sizeof(float2));
+    return std::max<int64_t>(segments * (2 * shape.d * sizeof(float) + sizeof(float2)), attention_prefill_work_bytes(shape));
 }
 
 template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_rows, int n_segments) {
@@ -317,15 +347,15 @@ template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_row
 
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
     if (attention_decode(y, q, kv, layer, k16, v16, b, Hq)) return;
+    if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();
     Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, b.N <= SPLIT_ROWS};
-    int tile_rows = 1, n_segments = 1;
-    for (const RowTile &t : step.tiles) {
-        tile_rows = std::max(tile_rows, t.rows);
-        const int n_blocks = step.pos[t.row] / KV_BLOCK + 1;
-        if (a.split) n_segments = std::max(n_segments, (int)ceil_div(n_blocks, segment_blocks(n_blocks)));
-    }
+    // The grid is that of the longest context, whatever the positions: graphs repeat this launch.
+    // Thread blocks beyond a row's last segment return at once.
+    const int n_segments = a.split ? std::min(MAX_SEGMENTS, (int)ceil_div(kv.max_blocks, MIN_SEGMENT)) : 1;
+    int tile_rows = 1;
+    for (const RowTile &t : step.tiles) tile_rows = std::max(tile_rows, t.rows);
     if (a.split) a.part_ml = (float2 *)(a.part_o + (int64_t)b.N * Hq * MAX_SEGMENTS * 2 * d);
     const bool few = tile_rows * a.G <= 8;
     if (d > 128) launch<256, 8>(a, n_tiles, tile_rows, n_segments);

@@ -495,6 +495,10 @@ template <int D> __global__ void __launch_bounds__(32) decode_merge_kernel(Decod
     for (int c = 0; c < D / 32; c++) a.y[query * D + c * 32 + lane] = (code[c * 32 + lane] + o[1][c]) / l;
 }
 
+// Formats with codewords of `channels` channels.
+template <class Format, class = void> constexpr bool is_nsn = false;
+template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::channels)> = Format::has_code && Format::has_plain;
+
 // ---- launch -------------------------------------------------------------------------------------------------
 static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 int64_t attention_decode_work_bytes(const StepShape &shape) {
@@ -516,7 +520,7 @@ template <int D> static bool launch(DecodeArgs &a, int sms) {
     const KvView &kv = a.kv;
     const dim3 queries(a.Hq, a.b.N);
     const bool exact_only = kv.k_format == KvFormat::f16;
-    if (exact_only != (kv.v_format == KvFormat::f16)) return false;
+    if (kv.k_format > KvFormat::nsn4b || kv.v_format > KvFormat::nsn4b || exact_only != (kv.v_format == KvFormat::f16)) return false;
     decode_queries_kernel<<<queries, 32, 0, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
     const int heads = kv.Hkv * a.chunks, parts_most = (int)ceil_div(kv.max_blocks, decode_segment(kv.max_blocks, a.b.N, heads));
@@ -527,7 +531,7 @@ template <int D> static bool launch(DecodeArgs &a, int sms) {
             with_format_at<D>(kv.v_format, [&](auto v) {
                 using K = decltype(k);
                 using V = decltype(v);
-                if constexpr (K::has_code && K::has_plain && V::has_code && V::has_plain) launch_codes<K, V>(a, sms);
+                if constexpr (is_nsn<K> && is_nsn<V>) launch_codes<K, V>(a, sms);
             });
         });
     const int parts = a.parts;

@@ -46,9 +46,14 @@ static double cpu_read_gb_s(const void *data, int64_t n, int times) {
 
 static int64_t cpu_scratch_bytes(const StepShape &) { return 0; }    // the ops keep their own between calls
 static Batch cpu_begin(const Batch &host, void *) { return host; }
+static bool cpu_replay(const void *, const KvView &) { return false; }
+static void cpu_end() {}
+
+static bool cpu_bf16_to_f16(void *, int64_t) { return false; }    // both are widened to f32 anyway
 
 const Ops cpu_ops = {
-    "cpu",         cpu_alloc,   free,         cpu_copy,    cpu_copy,  cpu_available, cpu_read_gb_s,  cpu_scratch_bytes, cpu_begin,
-    cpu::embed,    cpu::gather, cpu::rmsnorm, cpu::matmul, cpu::rope, cpu::kv_write, cpu::attention, cpu::kv_keep,
-    cpu::swiglu,   cpu::add,
+    "cpu",             cpu_alloc,    free,           cpu_copy,     cpu_copy,        cpu_available, cpu_bf16_to_f16, cpu_read_gb_s,
+    cpu_scratch_bytes, cpu_begin,    cpu_replay,     cpu_end,
+    cpu::embed,        cpu::gather,  cpu::rmsnorm,   cpu::matmul,  cpu::matmul_add, cpu::qkv,      cpu::gated,
+    cpu::rope,         cpu::kv_write, cpu::attention, cpu::kv_keep,
 };

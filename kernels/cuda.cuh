@@ -1,6 +1,7 @@
 // cuda.cuh - what the CUDA halves of the pages share: error checks, the stream, the step that begin() announced, and sums
 // over a warp.  Every kernel runs on one stream, so an op sees what the ops before it wrote.
 #pragma once
+#include <algorithm>
 #include <vector>
 #include "kv_block.h"
 
@@ -29,27 +30,75 @@ struct Step {
     const RowTile *on_tiles;
     const int *on_last_pos;    // (N) position of the last row of the row's slot
     void *work;                // what one op needs while it runs: see work_bytes in cuda_ops.cu
+    bool single_rows() const { return slots.size() == pos.size(); }    // every slot has one row: a decode step
+    // Blocks to seal, of the slot with most.
+    int most_seals(const KvView &kv) const {
+        int n = 0;
+        for (const SlotRows &s : slots) n = std::max(n, kv.coded_end(pos[s.row + s.rows - 1]) - kv.coded_end(pos[s.row] - 1));
+        return n;
+    }
 };
 extern Step step;
 // The same, for an op that was given batch b.
 const Step &step_of(const Batch &b);
 
 // The fields of a sealed block for kernels that take format and head dimension at run time: those of the block at origin.
+// One of the two, by kv_is_scalar(format).
 struct SealedFormat {
     NsnFields at_origin;
     const uint8_t *origin;
     float delta;               // of the codebook's grid
+    ScalarFields scalar_at_origin;
+    const uint8_t *beside;     // where scalar_at_origin has what is beside the block
     template <class T> HD T *moved(T *p, uint8_t *block) const { return p ? (T *)(block + ((const uint8_t *)p - origin)) : nullptr; }
     HD NsnFields fields(uint8_t *block) const {
         const NsnFields &f = at_origin;
         return {f.d, f.channels, moved(f.code, block), moved(f.sign, block), moved(f.s2_f16, block), moved(f.s2_log8, block), moved(f.s1, block),
                 moved(f.mean, block), moved(f.mean_step, block), moved(f.mean_min, block)};
     }
+    HD ScalarFields scalar_fields(uint8_t *block, int8_t *beside_block) const {
+        ScalarFields f = scalar_at_origin;
+        f.code = f.code == beside ? (uint8_t *)beside_block : moved(f.code, block);
+        f.scale = moved(f.scale, block), f.zero = moved(f.zero, block);
+        f.basis = f.basis ? (const f16 *)beside_block : nullptr;
+        return f;
+    }
 };
 SealedFormat sealed_format(KvFormat format, int d);    // kv_seal.cu; nothing in it for f16
 
 // Blocks begin..begin+n-1 of every slot of the step are sealed, where a slot has so many to seal; begin as kv_write says.
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
+// The same for the sides in a scalar format (kv_seal_scalar.cu); seal_blocks calls it.
+void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
+
+// ---- kernels in a row -----------------------------------------------------------------------------------------
+// Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
+// On devices that can (compute capability 9.0), launch() lets its thread blocks start while the kernel before is at work, so
+// that the start of one hides behind the end of the other: programmatic dependent launch, CUDA C++ Programming Guide.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+extern bool starts_early;    // the device can
+extern int sm_count;
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, &early, starts_early ? 1u : 0u};
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+
+// x / (1 + e^-x) with e^-|x|, which never overflows, as on the CPU.
+__device__ inline float silu(float x) {
+    const float e = expf(-fabsf(x));
+    return x * (x > 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+// attention for steps of many rows (attention_prefill.cu); false: not a step that it serves, and nothing is done.
+bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
 
 // Sums in a fixed order; every lane gets the result.
 template <class T> __device__ inline T warp_sum(T x) {
@@ -62,24 +111,25 @@ __device__ inline float warp_max(float x) {
 }
 
 // x <- R x as in hadamard.h, by one warp, x in shared memory.  All lanes call it and see the result.
-__device__ inline void hadamard_warp(float *x, int d) {
+template <class Float> __device__ inline void hadamard_warp(Float *x, int d) {
     const int p = d & -d, lane = threadIdx.x % 32;
     for (int h = 1; h < p; h *= 2) {
         __syncwarp();
         for (int k = lane; k < d / 2; k += 32) {
-            const int j = k / h * 2 * h + k % h;
-            const float a = x[j], b = x[j + h];
+            const int j = 2 * k - (k & (h - 1));    // k / h * 2 h + k % h
+            const Float a = x[j], b = x[j + h];
             x[j] = a + b, x[j + h] = a - b;
         }
     }
     __syncwarp();
-    const float scale = 1.0f / sqrtf((float)p);
+    const Float scale = 1 / sqrt((Float)p);
     for (int i = lane; i < d; i += 32) x[i] *= scale;
     __syncwarp();
 }
 
 // Scratch of one op, see the pages.
 int64_t attention_work_bytes(const StepShape &shape);
+int64_t attention_prefill_work_bytes(const StepShape &shape);
 int64_t matmul_work_bytes(const StepShape &shape);
 // attention_decode.cu: steps with one row a slot; false: not a step it serves.
 bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);

@@ -7,6 +7,7 @@
              each slot, and row tiles (up to KV_BLOCK rows of one slot in one block of positions).
    Scratch   [ (token slot pos first last_pos out) | slots | tiles | work ]   int32 arrays of N each, slots and tiles 2 N;
              work is what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
+   Graphs    Decode steps are recorded once and replayed, see replay().
    Tested by tests/test_cuda.cpp                                                                                     */
 #include <string>
 #include <vector>
@@ -26,7 +27,11 @@ const Ops *cuda_ops(std::string *why_not) {
 namespace cuda {
 
 cudaStream_t stream;
+bool starts_early;
+int sm_count;
 Step step;
+
+static void forget_steps();
 
 // ---- memory ---------------------------------------------------------------------------------------------
 static int64_t available() {
@@ -36,6 +41,7 @@ static int64_t available() {
 }
 
 static void *alloc(size_t bytes) {
+    forget_steps();
     void *p = nullptr;
     const cudaError_t error = cudaMalloc(&p, std::max<size_t>(bytes, 1));
     if (error == cudaSuccess) return p;
@@ -46,13 +52,43 @@ static void *alloc(size_t bytes) {
          cudaGetErrorString(error), free / 1048576.0, total / 1048576.0);
 }
 
-static void release(void *p) { cudaFree(p); }    // waits for the work before it; a destructor may call it, so it never throws
+// Waits for the work before it; a destructor may call it, so it never throws.
+static void release(void *p) {
+    forget_steps();
+    cudaFree(p);
+}
 
 static void upload(void *to, const void *host, size_t bytes) { CUDA_CHECK(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream)); }
 
 static void download(void *host, const void *from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream));
     CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+// ---- weights ----------------------------------------------------------------------------------------------
+// f16 has three bits more than bf16 and a smaller range: 65,504 to 2^-24.  A weight of 2^-14 or more becomes the same number,
+// a smaller one is rounded to a multiple of 2^-24.  Then activations can be f16 too, and many rows are one product of tensor
+// cores instead of two (matmul.cu).
+__global__ void fits_f16_kernel(const bf16 *w, int64_t n, int *too_large) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x)
+        if (!(fabsf(to_f32(w[i])) < 65520.0f)) *too_large = 1;
+}
+__global__ void bf16_to_f16_kernel(uint16_t *w, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (int64_t)gridDim.x * blockDim.x) w[i] = to_f16(to_f32(bf16{w[i]})).bits;
+}
+
+static bool bf16_to_f16(void *w, int64_t n) {
+    int *const on_device = (int *)alloc(sizeof(int)), blocks = (int)std::min<int64_t>(ceil_div(n, 256), 4096);
+    int too_large = 0;
+    upload(on_device, &too_large, sizeof too_large);
+    fits_f16_kernel<<<blocks, 256, 0, stream>>>((const bf16 *)w, n, on_device);
+    CUDA_CHECK(cudaGetLastError());
+    download(&too_large, on_device, sizeof too_large);
+    release(on_device);
+    if (too_large) return false;
+    bf16_to_f16_kernel<<<blocks, 256, 0, stream>>>((uint16_t *)w, n);
+    CUDA_CHECK(cudaGetLastError());
+    return true;
 }
 
 // ---- read bandwidth -------------------------------------------------------------------------------------
@@ -72,8 +108,6 @@ __global__ void __launch_bounds__(512) read_kernel(const uint4 *p, int64_t n, un
 }
 
 static double read_gb_s(const void *p, int64_t bytes, int times) {
-    int sms;
-    CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
     cudaEvent_t start, stop;
     CUDA_CHECK(cudaEventCreate(&start));
     CUDA_CHECK(cudaEventCreate(&stop));
@@ -82,7 +116,7 @@ static double read_gb_s(const void *p, int64_t bytes, int times) {
     double best = 0;
     for (int i = 0; i < times + 1; i++) {    // the first is not timed: it loads the kernel
         CUDA_CHECK(cudaEventRecord(start, stream));
-        read_kernel<<<2 * sms, 512, 0, stream>>>((const uint4 *)p, bytes / 16, sum);
+        read_kernel<<<2 * sm_count, 512, 0, stream>>>((const uint4 *)p, bytes / 16, sum);
         CUDA_CHECK(cudaGetLastError());
         CUDA_CHECK(cudaEventRecord(stop, stream));
         CUDA_CHECK(cudaEventSynchronize(stop));
@@ -93,6 +127,69 @@ static double read_gb_s(const void *p, int64_t bytes, int times) {
     release(sum);
     cudaEventDestroy(start), cudaEventDestroy(stop);
     return best;
+}
+
+// ---- recorded steps -----------------------------------------------------------------------------------------
+// A decode step launches the same kernels with the same arguments each time: what changes (tokens, positions, block tables)
+// lies in device memory.  The first step of a kind is run, the second recorded as a CUDA graph, the others replay it: one
+// launch instead of some ten a layer.  Pointers stay right because whoever allocates or releases makes us forget.
+struct StepKind {
+    const void *weights;
+    KvView kv;
+    const int *rows;       // where the row arrays are
+    int N, n_out;
+    bool seals;
+};
+struct RecordedStep {
+    StepKind kind;
+    cudaGraphExec_t graph;    // null: seen once
+};
+constexpr size_t MOST_KINDS = 64;
+static std::vector<RecordedStep> recorded;
+static bool recording;
+
+static void forget_steps() {
+    for (RecordedStep &r : recorded)
+        if (r.graph) cudaGraphExecDestroy(r.graph);
+    recorded.clear();
+}
+static void abandon_recording() {
+    cudaGraph_t graph = nullptr;
+    cudaStreamEndCapture(stream, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    cudaGetLastError();
+    recording = false;
+}
+
+static bool replay(const void *weights, const KvView &kv) {
+    if (!step.single_rows() || step.pos.empty()) return false;
+    StepKind kind;
+    memset((void *)&kind, 0, sizeof kind);    // with what is between the members: kinds are compared as bytes
+    memcpy((void *)&kind.kv, &kv, sizeof kv);
+    kind.weights = weights, kind.rows = step.on_device.token, kind.N = step.on_device.N, kind.n_out = step.on_device.n_out;
+    kind.seals = step.most_seals(kv) > 0;
+    for (RecordedStep &r : recorded)
+        if (memcmp(&r.kind, &kind, sizeof kind) == 0) {
+            if (r.graph) CUDA_CHECK(cudaGraphLaunch(r.graph, stream));
+            else {
+                std::swap(r, recorded.back());    // where end() looks for it
+                CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+                recording = true;
+            }
+            return !recording;
+        }
+    if (recorded.size() == MOST_KINDS) forget_steps();
+    recorded.push_back({kind, nullptr});
+    return false;
+}
+static void end() {
+    if (!recording) return;
+    recording = false;
+    cudaGraph_t graph;
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&recorded.back().graph, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+    CUDA_CHECK(cudaGraphLaunch(recorded.back().graph, stream));
 }
 
 // ---- a step -----------------------------------------------------------------------------------------------
@@ -106,6 +203,7 @@ static int64_t scratch_bytes(const StepShape &shape) {
 
 static Batch begin(const Batch &host, void *scratch) {
     const int N = host.N;
+    if (recording) abandon_recording();    // an op of the last step failed
     step.pos.assign(host.pos, host.pos + N);
     step.slots.clear(), step.tiles.clear();
     for (int n = 0; n < N; n++) {
@@ -146,8 +244,10 @@ __global__ void nothing_kernel() {}
 const Ops *cuda_ops(std::string *why_not) {
     using namespace cuda;
     static const Ops ops = {
-        "cuda",      alloc,      release,   upload,  download,  available,  read_gb_s,   scratch_bytes, begin,
-        embed,       gather,     rmsnorm,   matmul,  rope,      kv_write,   attention,   kv_keep,       swiglu, add,
+        "cuda",        alloc,    release,   upload,  download,   available, bf16_to_f16, read_gb_s,
+        scratch_bytes, begin,    replay,    end,
+        embed,         gather,   rmsnorm,   matmul,  matmul_add, qkv,       gated,
+        rope,          kv_write, attention, kv_keep,
     };
     if (stream) return &ops;
     int count = 0;
@@ -166,6 +266,8 @@ const Ops *cuda_ops(std::string *why_not) {
         stream = nullptr;
         return nullptr;
     }
+    starts_early = device.major >= 9;
+    sm_count = device.multiProcessorCount;
     return &ops;
 }
 #endif

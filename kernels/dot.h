@@ -2,9 +2,15 @@
 //
 // Every result is one sum of 16 lanes: lane j adds the products of i = j, j + 16, ... in order, then the lanes are added
 // in a fixed tree (simd.h).  How many rows and outputs are taken together changes the speed, never a bit.
+//
+// A single row is as fast as W arrives.  Rows of W are short (1 KB at D = 512 in bf16), so the hardware's own prefetch starts
+// anew with each; the rows of the next turn are asked for while these are in work.
+// ./run books-46m.bin --bench -n 48 --prompt-tokens 64 -t 2, bf16: 70% of the read bandwidth without, 88% with.
 #pragma once
 #include <cstring>
 #include "simd.h"
+
+constexpr int CACHE_LINE = 64;    // bytes
 
 #ifdef __AVX512F__
 constexpr int DOT_OUT = 4, DOT_ROWS = 4;    // sums of a turn: 16 of 32 registers, 8 loads for 16 multiply-adds
@@ -27,6 +33,8 @@ LANE_FUNCTION void dot_tile(float *y, const float *x, const T *W, int n, int64_t
     int i = 0;
     for (; i + LANES <= n; i += LANES) {
         f32x16 w[C];
+        if (R == 1 && i % (CACHE_LINE / (int)sizeof(T)) == 0)    // one row waits for memory
+            for (int c = 0; c < C; c++) __builtin_prefetch(W + (C + c) * W_stride + i);
         for (int c = 0; c < C; c++) w[c] = load16(W + c * W_stride + i);
         for (int r = 0; r < R; r++) {
             const f32x16 xr = load16(x + r * x_stride + i);

@@ -38,21 +38,20 @@ namespace cuda {
 
 template <class T> __global__ void embed_kernel(float *x, const T *table, const int *token, int D) {
     const int n = blockIdx.x;
+    wait_for_inputs();
     for (int i = threadIdx.x; i < D; i += blockDim.x) x[(int64_t)n * D + i] = to_f32(table[(int64_t)token[n] * D + i]);
 }
 
 void embed(float *x, Matrix table, const Batch &b, int D) {
     switch (table.type) {
-    case DType::f32: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const float *)table.data, b.token, D); break;
-    case DType::f16: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const f16 *)table.data, b.token, D); break;
-    case DType::bf16: embed_kernel<<<b.N, 256, 0, stream>>>(x, (const bf16 *)table.data, b.token, D); break;
+    case DType::f32: launch(embed_kernel<float>, dim3(b.N), 256, 0, x, (const float *)table.data, b.token, D); break;
+    case DType::f16: launch(embed_kernel<f16>, dim3(b.N), 256, 0, x, (const f16 *)table.data, b.token, D); break;
+    case DType::bf16: launch(embed_kernel<bf16>, dim3(b.N), 256, 0, x, (const bf16 *)table.data, b.token, D); break;
     }
-    CUDA_CHECK(cudaGetLastError());
 }
 
 void gather(float *y, const float *x, const int *row, int n_rows, int D) {
-    embed_kernel<<<n_rows, 256, 0, stream>>>(y, x, row, D);    // the same, from a table of activations
-    CUDA_CHECK(cudaGetLastError());
+    launch(embed_kernel<float>, dim3(n_rows), 256, 0, y, x, row, D);    // the same, from a table of activations
 }
 }    // namespace cuda
 #endif

@@ -142,28 +142,38 @@ void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const 
 }    // namespace cpu
 
 // ---- CUDA: one thread an element; kv_seal.cu seals ------------------------------------------------------
+// Where every slot has one row, that row replaces nothing that attention reads: what it takes the place of in the ring is
+// sealed (block pos/64 - recent - 1).  Such steps keep their rows at once, in kv_write.
 #else
 #include "cuda.cuh"
 namespace cuda {
 
-__global__ void round_kernel(f16 *k16, f16 *v16, const float *k, const float *v, int64_t n) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) k16[i] = to_f16(k[i]), v16[i] = to_f16(v[i]);
+__global__ void round_kernel(KvView kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, Batch b, bool keep) {
+    const int64_t row = kv.Hkv * kv.d, i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    wait_for_inputs();
+    if (i >= b.N * row) return;
+    const f16 key = to_f16(k[i]), value = to_f16(v[i]);
+    k16[i] = key, v16[i] = value;
+    if (!keep) return;
+    const int n = (int)(i / row), h = (int)(i % row) / kv.d, pos = b.pos[n];
+    const int64_t ring = kv.exact_at(layer, b.slot[n], h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * kv.d + i % kv.d;
+    kv.k_exact[ring] = key, kv.v_exact[ring] = value;
 }
 
 void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b) {
     const Step &step = step_of(b);
-    const int64_t values = (int64_t)b.N * kv.Hkv * kv.d;
-    round_kernel<<<ceil_div(values, 256), 256, 0, stream>>>(k16, v16, k, v, values);
-    CUDA_CHECK(cudaGetLastError());
-    int n = 0;    // blocks to seal, of the slot with most
-    for (const SlotRows &s : step.slots) n = std::max(n, kv.coded_end(step.pos[s.row + s.rows - 1]) - kv.coded_end(step.pos[s.row] - 1));
-    if (n > 0) seal_blocks(kv, layer, k16, v16, step, n);
+    const dim3 blocks(ceil_div((int64_t)b.N * kv.Hkv * kv.d, 256));
+    const int seals = step.most_seals(kv);
+    const bool single = step.single_rows();    // then what is sealed is in the ring, and leaves it now
+    if (single && seals > 0) seal_blocks(kv, layer, k16, v16, step, seals);
+    launch(round_kernel, blocks, 256, 0, kv, layer, k16, v16, k, v, b, single);
+    if (!single && seals > 0) seal_blocks(kv, layer, k16, v16, step, seals);
 }
 
 // One thread block a row.
 __global__ void keep_kernel(KvView kv, int layer, const f16 *k16, const f16 *v16, Batch b, const int *last_pos) {
     const int n = blockIdx.x, d = kv.d, i = b.pos[n] / KV_BLOCK;
+    wait_for_inputs();
     if (i >= kv.sink && i < kv.coded_end(last_pos[n])) return;
     for (int c = threadIdx.x; c < kv.Hkv * d; c += blockDim.x) {
         const int64_t ring = kv.exact_at(layer, b.slot[n], c / d, i) + (int64_t)(b.pos[n] % KV_BLOCK) * d + c % d;
@@ -174,8 +184,8 @@ __global__ void keep_kernel(KvView kv, int layer, const f16 *k16, const f16 *v16
 }
 
 void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b) {
-    keep_kernel<<<b.N, 256, 0, stream>>>(kv, layer, k16, v16, b, step_of(b).on_last_pos);
-    CUDA_CHECK(cudaGetLastError());
+    const Step &step = step_of(b);
+    if (!step.single_rows()) launch(keep_kernel, dim3(b.N), 256, 0, kv, layer, k16, v16, b, step.on_last_pos);
 }
 }    // namespace cuda
 #endif

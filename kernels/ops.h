@@ -57,25 +57,34 @@ struct Ops {
     void  (*upload)  (void *to, const void *host, size_t bytes);
     void  (*download)(void *host, const void *from, size_t bytes);  // waits for all earlier work
     int64_t (*available)();                                         // bytes that alloc could still give; -1 when nobody says
+    // n weights in bf16, where they lie, become f16 if that is better for this backend and all of them fit; says whether.
+    bool    (*bf16_to_f16)(void *w, int64_t n);
     double  (*read_gb_s)(const void *p, int64_t bytes, int times);  // how fast p is read, GB/s: the best of `times` passes
 
     // A step begins: its rows move to where the ops below read them, until the next step begins.  scratch has
     // scratch_bytes(shape) bytes, for whatever ops of steps up to that shape need beside their arguments.
     int64_t (*scratch_bytes)(const StepShape &shape);
     Batch   (*begin)(const Batch &host, void *scratch);
+    // True: this step, of these weights and this cache, is done; a backend may record the ops of a step and repeat them.
+    // False: the caller calls the ops, then end.
+    bool    (*replay)(const void *weights, const KvView &kv);
+    void    (*end)();
 
     void (*embed)    (float *x, Matrix table, const Batch &b, int D);                        // x[n,:] = table[token[n],:]
     void (*gather)   (float *y, const float *x, const int *row, int n_rows, int D);          // y[i,:] = x[row[i],:]
     void (*rmsnorm)  (float *y, const float *x, const float *w, float eps, int N, int D);    // y = w * x / rms(x)
     void (*matmul)   (float *y, const float *x, Matrix W, int N, int in, int out);           // y (N,out) = x (N,in) W^T
+    void (*matmul_add)(float *y, const float *x, Matrix W, int N, int in, int out);          // y += x W^T
+    // Products that share x, so that a backend may do them together:  q (N,q_out), k, v (N,kv_out);
+    // gate (N,out) = silu(x Wgate^T) * (x Wup^T), up (N,out) is room for the second product.
+    void (*qkv)      (float *q, float *k, float *v, const float *x, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out);
+    void (*gated)    (float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int N, int in, int out);
     void (*rope)     (float *q, const Batch &b, RopeTable table, int H, int d);              // q (N,H,d) turned by pos[n], in place
     // The cache (kv_block.h says which tokens a row sees).  k, v (N,Hkv,d): this step's rows, keys before RoPE; k16, v16
     // the same rounded to fp16, which is what everybody reads.  Three calls a layer, in this order:
     void (*kv_write) (const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b);
     void (*attention)(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
     void (*kv_keep)  (const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b);
-    void (*swiglu)   (float *gate, const float *up, int64_t n);                              // gate = silu(gate) * up, in place
-    void (*add)      (float *x, const float *y, int64_t n);                                  // x += y, in place
 };
 
 extern const Ops cpu_ops;
@@ -89,12 +98,14 @@ template <class Pointer> using OpFunction = std::remove_pointer_t<Pointer>;
     OpFunction<decltype(Ops::gather)> gather;                                                                                     \
     OpFunction<decltype(Ops::rmsnorm)> rmsnorm;                                                                                   \
     OpFunction<decltype(Ops::matmul)> matmul;                                                                                     \
+    OpFunction<decltype(Ops::matmul_add)> matmul_add;                                                                             \
+    OpFunction<decltype(Ops::qkv)> qkv;                                                                                           \
+    OpFunction<decltype(Ops::gated)> gated;                                                                                       \
+    void swiglu(float *gate, const float *up, int64_t n);    /* what gated is made of: swiglu.cu */                               \
     OpFunction<decltype(Ops::rope)> rope;                                                                                         \
     OpFunction<decltype(Ops::kv_write)> kv_write;                                                                                 \
     OpFunction<decltype(Ops::attention)> attention;                                                                               \
     OpFunction<decltype(Ops::kv_keep)> kv_keep;                                                                                   \
-    OpFunction<decltype(Ops::swiglu)> swiglu;                                                                                     \
-    OpFunction<decltype(Ops::add)> add;                                                                                           \
     }
 DECLARE_OPS(cpu)
 DECLARE_OPS(cuda)

@@ -6,6 +6,7 @@
    Cost      reads x twice (the second time from the cache), writes y: 12 D bytes a row.
    Precision the squares are added in f64: D of up to 2^17 terms in f32 would lose 2-3 digits.
    Tested by tests/test_ops.cpp, tests/test_cuda.cpp                                                             */
+#include <algorithm>
 #include <cmath>
 #include "ops.h"
 
@@ -33,25 +34,23 @@ void rmsnorm(float *y, const float *x, const float *w, float eps, int N, int D) 
 #include "cuda.cuh"
 namespace cuda {
 
-constexpr int NORM_THREADS = 256;
-
-__global__ void __launch_bounds__(NORM_THREADS) rmsnorm_kernel(float *y, const float *x, const float *w, float eps, int D) {
+__global__ void __launch_bounds__(1024) rmsnorm_kernel(float *y, const float *x, const float *w, float eps, int D) {
+    wait_for_inputs();
     x += (int64_t)blockIdx.x * D, y += (int64_t)blockIdx.x * D;
     double sum = 0;
-    for (int i = threadIdx.x; i < D; i += NORM_THREADS) sum += (double)x[i] * x[i];
-    __shared__ double warps[NORM_THREADS / 32];
+    for (int i = threadIdx.x; i < D; i += blockDim.x) sum += (double)x[i] * x[i];
+    __shared__ double warps[32];
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
     __syncthreads();
-    double total = 0;
-    for (double s : warps) total += s;
+    const double total = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : 0.0);
     const float scale = (float)(1.0 / sqrt(total / D + eps));
-    for (int i = threadIdx.x; i < D; i += NORM_THREADS) y[i] = w[i] * (x[i] * scale);
+    for (int i = threadIdx.x; i < D; i += blockDim.x) y[i] = w[i] * (x[i] * scale);
 }
 
 void rmsnorm(float *y, const float *x, const float *w, float eps, int N, int D) {
-    rmsnorm_kernel<<<N, NORM_THREADS, 0, stream>>>(y, x, w, eps, D);
-    CUDA_CHECK(cudaGetLastError());
+    const int threads = (int)std::min<int64_t>(1024, ceil_div(D, 128) * 32);    // four channels a thread, if they are enough
+    launch(rmsnorm_kernel, dim3(N), threads, 0, y, x, w, eps, D);
 }
 }    // namespace cuda
 #endif

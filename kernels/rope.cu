@@ -31,14 +31,15 @@ void rope(float *q, const Batch &b, RopeTable table, int H, int d) {
 }
 }    // namespace cpu
 
-// ---- CUDA: one thread block a row, a thread turns pairs -------------------------------------------------
+// ---- CUDA: a thread turns a pair ---------------------------------------------------------------------
 #else
 #include "cuda.cuh"
 namespace cuda {
 
 __global__ void rope_kernel(float *q, const int *pos, RopeTable table, int H, int d) {
-    const int n = blockIdx.x, half = d / 2;
-    for (int i = threadIdx.x; i < H * half; i += blockDim.x) {
+    const int n = blockIdx.y, half = d / 2;
+    wait_for_inputs();
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < H * half; i += gridDim.x * blockDim.x) {
         const int h = i / half, j = i % half;
         float c, s;
         rope_angle(c, s, table, pos[n], j, d);
@@ -50,8 +51,7 @@ __global__ void rope_kernel(float *q, const int *pos, RopeTable table, int H, in
 }
 
 void rope(float *q, const Batch &b, RopeTable table, int H, int d) {
-    rope_kernel<<<b.N, 256, 0, stream>>>(q, b.pos, table, H, d);
-    CUDA_CHECK(cudaGetLastError());
+    launch(rope_kernel, dim3(ceil_div(H * d / 2, 256), b.N), 256, 0, q, b.pos, table, H, d);
 }
 }    // namespace cuda
 #endif

@@ -1,7 +1,6 @@
-/* swiglu, add - the elementwise operations.
+/* swiglu - the gate of the feed-forward, after its two products (matmul.cu's gated).
 
-   swiglu    gate[i] = silu(gate[i]) * up[i],   silu(x) = x / (1 + e^-x)        in place, n = N F
-   add       x[i] += y[i]                       the residual stream             in place, n = N D
+   gate[i] = silu(gate[i]) * up[i],   silu(x) = x / (1 + e^-x)        in place, n = N F
 
    Source    Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202), equation 6.
    Cost      12 bytes an element, beside matrices of F bytes an element: little of a step.  On the CPU 16 lanes
@@ -45,10 +44,6 @@ void swiglu(float *gate, const float *up, int64_t n) {
         std::copy(g, g + (n - whole), gate + whole);
     }
 }
-
-void add(float *x, const float *y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] += y[i];
-}
 }    // namespace cpu
 
 // ---- CUDA: one thread an element ------------------------------------------------------------------------
@@ -58,22 +53,10 @@ namespace cuda {
 
 __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    const float x = gate[i], e = expf(-fabsf(x));    // as on the CPU: nothing overflows
-    gate[i] = x * (x > 0.0f ? 1.0f : e) / (1.0f + e) * up[i];
-}
-__global__ void add_kernel(float *x, const float *y, int64_t n) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] += y[i];
+    wait_for_inputs();
+    if (i < n) gate[i] = silu(gate[i]) * up[i];
 }
 
-void swiglu(float *gate, const float *up, int64_t n) {
-    swiglu_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(gate, up, n);
-    CUDA_CHECK(cudaGetLastError());
-}
-void add(float *x, const float *y, int64_t n) {
-    add_kernel<<<ceil_div(n, 256), 256, 0, stream>>>(x, y, n);
-    CUDA_CHECK(cudaGetLastError());
-}
+void swiglu(float *gate, const float *up, int64_t n) { launch(swiglu_kernel, dim3(ceil_div(n, 256)), 256, 0, gate, up, n); }
 }    // namespace cuda
 #endif

@@ -1,89 +1,179 @@
 #include "bench.h"
 #include <algorithm>
 #include <cstdio>
-#include <nlohmann/json.hpp>
+#include <cstring>
+#include "json.h"
 #include "report.h"
 
 constexpr int64_t BANDWIDTH_BYTES = (int64_t)1 << 30, BANDWIDTH_PIECE = 1 << 24;    // far more than any cache
-constexpr int BENCH_ROWS = 512;
+constexpr int BENCH_ROWS = 512, DEVICE_ROWS = 2048;    // of a prefill step, on the CPU and elsewhere
 
-static double median(std::vector<double> x) {
-    std::sort(x.begin(), x.end());
-    return x[x.size() / 2];
+static double measure_bandwidth(const Ops &ops, int64_t bytes) {
+    void *buffer = ops.alloc(bytes);
+    const std::vector<uint8_t> ones(BANDWIDTH_PIECE, 1);    // written, so that every page is there
+    for (int64_t at = 0; at < bytes; at += BANDWIDTH_PIECE) ops.upload((uint8_t *)buffer + at, ones.data(), BANDWIDTH_PIECE);
+    const double gb_s = ops.read_gb_s(buffer, bytes, 5);
+    ops.release(buffer);
+    return gb_s;
 }
 
-void bench(const Model &m, const Ops &ops, const Options &o) {
-    const Config &c = m.config;
-    void *buffer = ops.alloc(BANDWIDTH_BYTES);
-    const std::vector<uint8_t> ones(BANDWIDTH_PIECE, 1);    // written, so that every page is there
-    for (int64_t at = 0; at < BANDWIDTH_BYTES; at += BANDWIDTH_PIECE) ops.upload((uint8_t *)buffer + at, ones.data(), BANDWIDTH_PIECE);
-    const double bandwidth = ops.read_gb_s(buffer, BANDWIDTH_BYTES, 5);
-    ops.release(buffer);
-    const WeightsRange weights = model_weights(m);
-    const double weights_speed = ops.read_gb_s(weights.data, weights.bytes, 5);
-    const int B = std::max(1, o.batch), T = o.bench_tokens, P = o.bench_prompt;
-    const int deepest = *std::max_element(o.depths.begin(), o.depths.end());
-    const int context = std::max(deepest, P) + T, rows = std::max(B, std::min(BENCH_ROWS, context));
-
-    announce_memory(m, ops, o.kv, B, context, rows, B, o.json);
+// Sequences of equal length in one cache.
+struct Bench {
+    const Model &m;
+    const Ops &ops;
+    int slots, rows;
     KvCache cache;
-    kv_cache_open(cache, ops, c, o.kv, B, context);
     Activations a;
-    activations_open(a, ops, c, rows, B);
     Rows step;
-    const int token = 1 % c.vocab;
-    // Positions [from, to) of slots [0, slots); logits of the last one only.
-    auto feed = [&](int slots, int from, int to) {
-        for (int s = 0; s < slots; s++)
-            for (int p0 = from; p0 < to; p0 += rows) {
-                step.clear();
-                const int end = std::min(to, p0 + rows);
-                for (int p = p0; p < end; p++) step.add((token + p) % c.vocab, s, p, p == to - 1);
-                kv_cache_reserve(cache, s, end);
-                forward(m, cache.view, a, step.batch(), ops);
-            }
-    };
-    auto wait = [&] {    // the logits are there when they can be read
+    int len = 0;    // of every sequence
+
+    Bench(const Model &m, const Ops &ops, const MemoryPlan &plan) : m(m), ops(ops), slots(plan.slots), rows(plan.rows) {
+        kv_cache_open(cache, ops, m.config, plan.kv, slots, plan.context);
+        activations_open(a, ops, m.config, plan.rows, plan.rows_out);
+    }
+    void clear() {
+        for (int s = 0; s < slots; s++) kv_cache_clear(cache, s);
+        len = 0;
+    }
+    void add_row(int slot, int pos, bool want_logits) { step.add((1 + pos) % m.config.vocab, slot, pos, want_logits); }
+    void run_step() {
+        forward(m, cache.view, a, step.batch(), ops);
+        step.clear();
+    }
+    void wait() {    // the logits are there when they can be read
         float x;
         ops.download(&x, a.logits, sizeof x);
+    }
+    // Every sequence grows to `end`, one after the other, the last row of each giving logits.  Returns the seconds.
+    double prefill(int end) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int s = 0; s < slots; s++)
+            for (int from = len; from < end;) {
+                const int to = std::min(end, from + rows);
+                kv_cache_reserve(cache, s, to);
+                for (; from < to; from++) add_row(s, from, from == end - 1);
+                run_step();
+            }
+        len = std::max(len, end);
+        wait();
+        return seconds_since(start);
+    }
+    double decode(int steps) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < steps; i++, len++) {
+            for (int s = 0; s < slots; s++) kv_cache_reserve(cache, s, len + 1), add_row(s, len, true);
+            run_step();
+            wait();
+        }
+        return seconds_since(start);
+    }
+};
+
+struct Row {
+    int depth, slots;
+    KvOptions kv;
+    double prefill_tok_s, decode_s;         // tokens a second; seconds a step
+    double weights, coded, exact;           // bytes a step must read, the mean over its steps
+    int64_t announced, taken;               // bytes of memory
+    double bytes() const { return weights + coded + exact; }
+    double gb_s() const { return bytes() / decode_s / 1e9; }
+    double limit_tok_s(double bandwidth) const { return slots * bandwidth * 1e9 / bytes(); }
+};
+
+// All depths of one cache; visit gets every row.
+template <class Visit>
+static void bench_cache(const Model &m, const Ops &ops, const Options &o, const MemoryPlan &plan, const std::vector<int> &depths, int64_t memory_before,
+                        Visit visit) {
+    const int P = o.bench_prompt, T = o.bench_tokens, B = plan.slots;
+    Bench b(m, ops, plan);
+    // Not measured: the first touch of weights and buffers, and what a device loads or records when it first sees a step.
+    b.prefill(strcmp(ops.name, cpu_ops.name) == 0 ? std::min(P, 16) : P);
+    b.decode(std::min(T, 4));
+    b.clear();
+    for (const int depth : depths) {
+        Row r = {depth, B, plan.kv, 0, 0, (double)m.step_bytes, 0, 0, 0, 0};
+        if (depth < P) {
+            b.clear();
+            r.prefill_tok_s = (double)B * P / b.prefill(P);
+            b.clear();
+            b.prefill(depth);
+        } else {
+            if (b.len > depth - P) b.clear();
+            b.prefill(depth - P);
+            r.prefill_tok_s = (double)B * P / b.prefill(depth);
+        }
+        r.decode_s = b.decode(T) / T;
+        for (int pos = depth; pos < depth + T; pos++) {
+            const CacheBytes bytes = cache_bytes_read(b.cache.view, pos);
+            r.coded += (double)B * bytes.coded / T, r.exact += (double)B * bytes.exact / T;
+        }
+        r.announced = (m.memory ? m.weights_bytes : 0) + memory_need(m, ops, plan).total();
+        r.taken = memory_taken(ops) - memory_before;
+        visit(r);
+    }
+}
+
+void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_before) {
+    const int P = o.bench_prompt, T = o.bench_tokens;
+    const int64_t available = ops.available();
+    const int64_t buffer = available < 0 ? BANDWIDTH_BYTES : std::min(BANDWIDTH_BYTES, available / 2 / BANDWIDTH_PIECE * BANDWIDTH_PIECE);
+    if (buffer <= 0) fail("memory: %.1f MiB available (%s), too little to measure anything", available / 1048576.0, ops.name);
+    const double bandwidth = measure_bandwidth(ops, buffer);
+    const WeightsRange weights = model_weights(m);
+    const double weights_speed = ops.read_gb_s(weights.data, weights.bytes, 5);
+
+    std::vector<int> depths = o.depths;
+    std::sort(depths.begin(), depths.end());
+    depths.erase(std::unique(depths.begin(), depths.end()), depths.end());
+
+    OrderedJson rows = OrderedJson::array(), too_large = OrderedJson::array();
+    if (!o.json) {
+        printf("read bandwidth %.1f GB/s (%lld MiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth,
+               (long long)(buffer >> 20), ops.name, weights_speed);
+        printf("%6s %4s %11s %11s %11s   %-32s %8s %6s %10s   %s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step = weights+codes+fp16",
+               "GB/s", "share", "limit t/s", "MiB announced, taken");
+    }
+    auto print_row = [&](const Row &r) {
+        const std::string kv = kv_pair_name(r.kv);
+        const double decode = r.slots / r.decode_s, share = r.gb_s() / bandwidth, limit = r.limit_tok_s(bandwidth);
+        rows.push_back({{"depth", r.depth}, {"b", r.slots}, {"kv", kv}, {"prefill_tok_s", r.prefill_tok_s}, {"decode_tok_s", decode},
+                        {"bytes_per_step", r.bytes()}, {"weights_bytes_per_step", r.weights}, {"coded_bytes_per_step", r.coded},
+                        {"exact_bytes_per_step", r.exact}, {"gb_s", r.gb_s()}, {"share", share}, {"limit_tok_s", limit},
+                        {"announced_bytes", r.announced}, {"taken_bytes", r.taken}});
+        if (o.json) return;
+        const std::string bytes = strf("%.2f = %.2f+%.2f+%.2f", r.bytes() / 1e6, r.weights / 1e6, r.coded / 1e6, r.exact / 1e6);
+        printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode,
+               bytes.c_str(), r.gb_s(), 100 * share, limit, r.announced / 1048576.0, r.taken / 1048576.0);
+        fflush(stdout);
     };
 
-    nlohmann::ordered_json table = nlohmann::ordered_json::array();
-    if (!o.json) {
-        printf("read bandwidth %.1f GB/s (1 GiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth, ops.name, weights_speed);
-        printf("%6s %4s %8s %12s %12s %12s %8s %7s %9s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step", "GB/s", "share", "limit t/s");
-    }
-    for (const int depth : o.depths) {
-        for (int s = 0; s < B; s++) kv_cache_clear(cache, s);
-        feed(1, 0, std::min(P, 16));    // warm: first touch of the weights
-        auto start = std::chrono::steady_clock::now();
-        feed(1, 0, P);
-        wait();
-        const double prefill = P / seconds_since(start);
-
-        feed(B, 0, depth);
-        std::vector<double> times;
-        int64_t bytes = 0;
-        for (int i = 0; i < T; i++) {
-            const int pos = depth + i;
-            start = std::chrono::steady_clock::now();
-            step.clear();
-            for (int s = 0; s < B; s++) step.add((token + pos) % c.vocab, s, pos, true), kv_cache_reserve(cache, s, pos + 1);
-            forward(m, cache.view, a, step.batch(), ops);
-            wait();
-            times.push_back(seconds_since(start));
-            bytes += step_bytes(m, cache.view, B, pos);
+    for (const KvOptions &kv : o.kvs)
+        for (const int B : o.batches) {
+            auto plan_for = [&](int depth, int most_rows) {
+                const int context = std::max(depth, P) + T;
+                return MemoryPlan{kv, B, context, std::max(B, std::min(most_rows, context)), B};
+            };
+            std::vector<int> fitting;
+            for (const int depth : depths) {
+                const MemoryPlan plan = plan_for(depth, BENCH_ROWS);
+                const std::string line = memory_problem(m, ops, plan);
+                if (line.empty()) fitting.push_back(depth);
+                else {
+                    fprintf(stderr, "left out: depth %d: %s\n", depth, line.c_str());
+                    too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()},
+                                         {"available_bytes", ops.available()}});
+                }
+            }
+            if (fitting.empty()) continue;
+            MemoryPlan plan = plan_for(fitting.back(), strcmp(ops.name, cpu_ops.name) == 0 ? BENCH_ROWS : DEVICE_ROWS);
+            if (!memory_problem(m, ops, plan).empty()) plan = plan_for(fitting.back(), BENCH_ROWS);
+            bench_cache(m, ops, o, plan, fitting, memory_before, print_row);
         }
-        const double seconds = median(times), per_step = (double)bytes / T, gb_s = per_step / seconds / 1e9;
-        const std::string kv = std::string(kv_format_name(o.kv.k_format)) + "/" + kv_format_name(o.kv.v_format);
-        if (o.json)
-            table.push_back({{"depth", depth}, {"b", B}, {"kv", kv}, {"prefill_tok_s", prefill}, {"decode_tok_s", B / seconds}, {"bytes_per_step", per_step},
-                             {"gb_s", gb_s}, {"share", gb_s / bandwidth}, {"limit_tok_s", B * bandwidth * 1e9 / per_step}});
-        else
-            printf("%6d %4d %8s %12.1f %12.1f %12.2f %8.2f %6.0f%% %9.1f\n", depth, B, kv.c_str(), prefill, B / seconds, per_step / 1e6, gb_s,
-                   100 * gb_s / bandwidth, B * bandwidth * 1e9 / per_step);
-        fflush(stdout);
+    if (rows.empty()) fail("--bench: no depth fits in memory");
+    if (o.json) {
+        OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
+                           {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
+        if (!too_large.empty()) all["too_large"] = too_large;
+        printf("%s\n", all.dump().c_str());
     }
-    if (o.json)
-        printf("%s\n", nlohmann::ordered_json{{"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed}, {"rows", table}}.dump().c_str());
 }

@@ -3,6 +3,16 @@
 #include "model.h"
 #include "options.h"
 
-// Measures read bandwidth, then prefill and decode at every depth of -d for -b sequences; prints a table with the bytes
-// that must move, GB/s and their share of that bandwidth.
-void bench(const Model &m, const Ops &ops, const Options &o);
+// Measures read bandwidth, then for every pair of formats (o.kvs) and number of sequences (o.batches) one cache, filled from
+// depth to depth (o.depths), and at each depth
+//
+//   prefill   tokens a second of the last o.bench_prompt tokens before that depth; of an empty cache where the depth is less
+//   decode    tokens a second of o.bench_tokens steps of one token a sequence: all of their time, each until its logits
+//             can be read
+//   bytes     that a step must read: weights, codes with their metadata, blocks that are fp16; GB/s and its share of the
+//             bandwidth; limit: tokens a second if those bytes were all the time a step takes
+//   memory    announced (weights unless mapped, cache, activations) and taken, since memory_before was read
+//             (memory_taken in report.h)
+//
+// Depths that do not fit in memory are left out with one line on stderr each; fails when none fits.
+void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_before);

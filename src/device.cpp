@@ -25,11 +25,21 @@ void model_upload(Model &m, const Ops &ops) {
     uint8_t *to = (uint8_t *)m.memory.get();
     for (int64_t at = 0; at < host.bytes; at += PIECE) ops.upload(to + at, from + at, std::min(PIECE, host.bytes - at));
 
+    const Config &c = m.config;
     auto move = [&](auto &p) { p = (std::decay_t<decltype(p)>)(to + ((const uint8_t *)p - from)); };
-    for (Matrix *w : {&m.embed, &m.unembed}) move(w->data);
+    auto move_matrix = [&](Matrix &w, int64_t rows, int64_t columns) {
+        move(w.data);
+        if (w.type == DType::bf16 && ops.bf16_to_f16(const_cast<void *>(w.data), rows * columns)) w.type = DType::f16;
+    };
+    const bool tied = m.unembed.data == m.embed.data;
+    move_matrix(m.embed, c.vocab, c.dim);
+    if (tied) m.unembed = m.embed;
+    else move_matrix(m.unembed, c.vocab, c.dim);
     move(m.out_norm);
+    const int64_t q = (int64_t)c.n_heads * c.head_dim, kv = (int64_t)c.n_kv_heads * c.head_dim;
     for (LayerWeights &l : m.layers) {
-        for (Matrix *w : {&l.wq, &l.wk, &l.wv, &l.wo, &l.w_gate, &l.w_up, &l.w_down}) move(w->data);
+        move_matrix(l.wq, q, c.dim), move_matrix(l.wk, kv, c.dim), move_matrix(l.wv, kv, c.dim), move_matrix(l.wo, c.dim, q);
+        move_matrix(l.w_gate, c.ffn_dim, c.dim), move_matrix(l.w_up, c.ffn_dim, c.dim), move_matrix(l.w_down, c.dim, c.ffn_dim);
         move(l.attn_norm), move(l.ffn_norm);
     }
 }

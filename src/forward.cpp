@@ -6,34 +6,32 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
     const Batch b = op.begin(rows, a.scratch);
     const int N = b.N, D = c.dim, F = c.ffn_dim, d = c.head_dim, Hq = c.n_heads, Hkv = c.n_kv_heads;
 
+    if (op.replay(m.layers.data(), kv)) return;
+
     op.embed(a.x, m.embed, b, D);
     for (int l = 0; l < c.n_layers; l++) {
         const LayerWeights &w = m.layers[l];
 
         // attention: x += Wo attend(Wq n, Wk n, Wv n),  n = rmsnorm(x)
         op.rmsnorm(a.xn, a.x, w.attn_norm, c.norm_eps, N, D);
-        op.matmul(a.q, a.xn, w.wq, N, D, Hq * d);
-        op.matmul(a.k, a.xn, w.wk, N, D, Hkv * d);
-        op.matmul(a.v, a.xn, w.wv, N, D, Hkv * d);
+        op.qkv(a.q, a.k, a.v, a.xn, w.wq, w.wk, w.wv, N, D, Hq * d, Hkv * d);
         op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
         op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
         op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);
         op.kv_keep(kv, l, a.k16, a.v16, b);
-        op.matmul(a.y, a.att, w.wo, N, Hq * d, D);
-        op.add(a.x, a.y, (int64_t)N * D);
+        op.matmul_add(a.x, a.att, w.wo, N, Hq * d, D);
 
         // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)
         op.rmsnorm(a.xn, a.x, w.ffn_norm, c.norm_eps, N, D);
-        op.matmul(a.gate, a.xn, w.w_gate, N, D, F);
-        op.matmul(a.up, a.xn, w.w_up, N, D, F);
-        op.swiglu(a.gate, a.up, (int64_t)N * F);
-        op.matmul(a.y, a.gate, w.w_down, N, F, D);
-        op.add(a.x, a.y, (int64_t)N * D);
+        op.gated(a.gate, a.up, a.xn, w.w_gate, w.w_up, N, D, F);
+        op.matmul_add(a.x, a.gate, w.w_down, N, F, D);
     }
-    if (b.n_out == 0) return;
-    op.gather(a.x_out, a.x, b.out, b.n_out, D);
-    op.rmsnorm(a.x_out, a.x_out, m.out_norm, c.norm_eps, b.n_out, D);
-    op.matmul(a.logits, a.x_out, m.unembed, b.n_out, D, c.vocab);
+    if (b.n_out > 0) {
+        op.gather(a.x_out, a.x, b.out, b.n_out, D);
+        op.rmsnorm(a.x_out, a.x_out, m.out_norm, c.norm_eps, b.n_out, D);
+        op.matmul(a.logits, a.x_out, m.unembed, b.n_out, D, c.vocab);
+    }
+    op.end();
 }
 
 // ---- memory -----------------------------------------------------------------------------------------------
@@ -44,7 +42,7 @@ static std::vector<Piece> pieces_of(Activations &a, const Ops &ops, const Config
     const StepShape shape = {(int)N, c.n_heads, c.head_dim, (int)std::max<int64_t>({c.dim, c.ffn_dim, q})};
     return {{(void **)&a.x, N * c.dim * f},      {(void **)&a.xn, N * c.dim * f},    {(void **)&a.q, N * q * f},
             {(void **)&a.k, N * kv * f},         {(void **)&a.v, N * kv * f},        {(void **)&a.att, N * q * f},
-            {(void **)&a.y, N * c.dim * f},      {(void **)&a.gate, N * c.ffn_dim * f}, {(void **)&a.up, N * c.ffn_dim * f},
+            {(void **)&a.gate, N * c.ffn_dim * f}, {(void **)&a.up, N * c.ffn_dim * f},
             {(void **)&a.k16, N * kv * 2},       {(void **)&a.v16, N * kv * 2},      {(void **)&a.x_out, n_out * c.dim * f},
             {(void **)&a.logits, n_out * c.vocab * f}, {&a.scratch, ops.scratch_bytes(shape)}};
 }

@@ -22,7 +22,7 @@ struct Rows {
 
 // Every buffer of a step, for at most N rows of which n_out give logits.
 struct Activations {
-    float *x, *xn, *q, *k, *v, *att, *y, *gate, *up;    // (N, D|D|Hq d|Hkv d|Hkv d|Hq d|D|F|F)
+    float *x, *xn, *q, *k, *v, *att, *gate, *up;    // (N, D|D|Hq d|Hkv d|Hkv d|Hq d|F|F)
     f16 *k16, *v16;                                     // (N, Hkv, d)
     float *x_out, *logits;                              // (n_out, D), (n_out, V)
     void *scratch;                                      // what the ops need beside that (Ops::scratch_bytes)

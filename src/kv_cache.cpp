@@ -1,7 +1,6 @@
 #include "kv_cache.h"
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 KvCache::~KvCache() {
     for (void *p : memory) ops->release(p);
@@ -18,6 +17,7 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
     v.L = c.n_layers, v.B = slots, v.Hkv = c.n_kv_heads, v.d = c.head_dim;
     v.max_blocks = (int)ceil_div(context, KV_BLOCK);
     v.sink = std::min(o.sink / KV_BLOCK, v.max_blocks), v.recent = std::min(o.recent / KV_BLOCK, v.max_blocks);
+    if ((int64_t)slots * v.max_blocks > INT32_MAX) refuse("KV cache: %d sequences of %d tokens are more than 2^31 blocks", slots, context);
     // A slot never seals its sinks, its recents or the open block.
     v.n_blocks = slots * std::max(0, v.max_blocks - 1 - v.sink - v.recent);
     v.exact_prefill = o.exact_prefill, v.ablate = o.ablate;
@@ -61,8 +61,6 @@ double kv_bytes_per_token(const Config &c, const KvOptions &o) {
 void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOptions &o, int slots, int context) {
     KvView v = shape_of(c, o, slots, context);
     const Sizes s = sizes_of(v);
-    for (KvFormat f : {v.k_format, v.v_format})
-        if (!kv_has_cuda(f) && strcmp(ops.name, cpu_ops.name) != 0) refuse("--kv %s: the %s backend has no kernels for it; use -d cpu", kv_format_name(f), ops.name);
     cache.ops = &ops;
     cache.context = context;
     auto take = [&](int64_t bytes) {

@@ -11,14 +11,21 @@
 #include "generate.h"
 #include "needle.h"
 #include "perplexity.h"
+#include "random_weights.h"
+#include "report.h"
+#include "shapes.h"
 
 static const char usage[] =
     "usage: run MODEL.bin -p \"Once upon a time\" [options]     tell a story\n"
+    "       run MODEL.bin -f FILE --batch N [options]         a story for every line of FILE, N at once\n"
     "       run MODEL.bin --ppl FILE [options]                measure how well the model predicts a text\n"
     "       run MODEL.bin --bench [options]                   measure speed against what the machine allows\n"
     "\n"
     "text      -p TEXT          the prompt (-i is the same); \"\" starts from the model's BOS token alone\n"
     "          -f FILE          the prompt from a file; a lone - reads stdin\n"
+    "          --batch N        every line of the prompt is a prompt of its own (an empty line: BOS alone), N sequences at once;\n"
+    "                           results in order, each followed by a line \"---\"; line i has the seed -s + i, from 0\n"
+    "          --json           results as JSON objects, one a line, without the prompt in \"text\"\n"
     "          -n N             tokens to make; default: until the end of text or of the context\n"
     "          -c N             context, in tokens; default: what the model was trained for\n"
     "          --no-echo        print only what follows the prompt\n"
@@ -41,8 +48,10 @@ static const char usage[] =
     "          --by-position    figures by position in the window\n"
     "          --decode         one token at a time, held against coded prefill\n"
     "          --needle         find a name inside sealed blocks: --windows N trials (default 20), -s seed\n"
-    "--bench   -d 0,4096        depths: tokens in the cache when decoding starts     -b N   sequences\n"
+    "--bench   -d 0,4096        depths: tokens in the cache when decoding starts      -b 1,8   sequences at once\n"
+    "          --kv f16,nsn2b   formats to compare\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
+    "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16 (default bf16)\n"
     "          --json           figures of --ppl and --bench as JSON\n"
     "The text goes to stdout, everything else to stderr; the last line there is JSON.  Exit code: 0, 1 bad data, 2 usage.\n";
 
@@ -77,10 +86,21 @@ static bool looks_like_number(const std::string &s) {
     return !s.empty() && !*end && s.find('.') != std::string::npos;
 }
 
+// "a,b" -> "a" "b"; an empty word stays one.
+static std::vector<std::string> split_words(const std::string &list) {
+    std::vector<std::string> words;
+    for (size_t at = 0; at <= list.size(); at = std::min(list.find(',', at), list.size()) + 1) words.push_back(list.substr(at, list.find(',', at) - at));
+    return words;
+}
+static std::vector<int> integers(const std::string &name, const std::string &list, int min, int max = 1 << 30) {
+    std::vector<int> numbers;
+    for (const std::string &word : split_words(list)) numbers.push_back(integer(name, word, min, max));
+    return numbers;
+}
+
 static unsigned ablation_flags(const std::string &option, const std::string &list) {
     unsigned flags = 0;
-    for (size_t at = 0; at <= list.size(); at = std::min(list.find(',', at), list.size()) + 1) {
-        const std::string word = list.substr(at, list.find(',', at) - at);
+    for (const std::string &word : split_words(list)) {
         const Ablation *found = std::find_if(std::begin(ABLATIONS), std::end(ABLATIONS), [&](const Ablation &a) { return a.name == word; });
         if (found == std::end(ABLATIONS)) refuse("%s '%s': expected words of first-norm,shift,hadamard,pre-rope,scale", option.c_str(), word.c_str());
         flags |= found->flag;
@@ -100,7 +120,8 @@ static void check_measuring(const Options &o) {
 
 static Options parse(int argc, char **argv) {
     Options o;
-    bool tokens_given = false;
+    bool tokens_given = false, one_side = false, batch_option = false, dtype_given = false;
+    std::vector<KvFormat> formats;    // of --kv
     int i = 1;
     auto value = [&](const std::string &name) -> std::string {
         if (i + 1 >= argc) refuse("%s: needs a value (run --help)", name.c_str());
@@ -113,7 +134,7 @@ static Options parse(int argc, char **argv) {
     for (; i < argc; i++) {
         const std::string a = argv[i];
         if (a == "-h" || a == "--help") {
-            printf(usage, format_list().c_str());
+            printf(usage, format_list().c_str(), SHAPE_NAMES);
             exit(0);
         }
         else if (a == "-p" || a == "-i") prompt(value(a));
@@ -135,9 +156,13 @@ static Options parse(int argc, char **argv) {
         else if (a == "--min-p") o.sampler.min_p = (float)number(a, value(a), 0, 1);
         else if (a == "--no-echo") o.echo = false;
         else if (a == "--plain-prompt") o.parse_special = false;
-        else if (a == "--kv") o.kv.k_format = o.kv.v_format = kv_format_from_name(value(a));
-        else if (a == "-ctk") o.kv.k_format = kv_format_from_name(value(a));
-        else if (a == "-ctv") o.kv.v_format = kv_format_from_name(value(a));
+        else if (a == "--kv") {
+            formats.clear();
+            for (const std::string &word : split_words(value(a))) formats.push_back(kv_format_from_name(word));
+            o.kv.k_format = o.kv.v_format = formats[0];
+        }
+        else if (a == "-ctk") o.kv.k_format = kv_format_from_name(value(a)), one_side = true;
+        else if (a == "-ctv") o.kv.v_format = kv_format_from_name(value(a)), one_side = true;
         else if (a == "--sink") o.kv.sink = integer(a, value(a), 0);
         else if (a == "--recent") o.kv.recent = integer(a, value(a), 0);
         else if (a == "--prefill") {
@@ -148,11 +173,7 @@ static Options parse(int argc, char **argv) {
         else if (a == "-d" || a == "--device" || a == "--depth") {
             const std::string text = value(a);
             if (text == "cpu" || text == "cuda") o.device = text;
-            else if (text.find_first_not_of("0123456789,") == std::string::npos && !text.empty()) {
-                o.depths.clear();
-                for (size_t at = 0; at <= text.size(); at = std::min(text.find(',', at), text.size()) + 1)
-                    o.depths.push_back(integer(a, text.substr(at, text.find(',', at) - at), 0));
-            }
+            else if (text.find_first_not_of("0123456789,") == std::string::npos && !text.empty()) o.depths = integers(a, text, 0, 1 << 28);
             else refuse("-d '%s': expected cpu, cuda, or depths such as 0,4096 with --bench", text.c_str());
         }
         else if (a == "--scale-exponent") {
@@ -167,12 +188,19 @@ static Options parse(int argc, char **argv) {
         else if (a == "--by-position") o.by_position = true;
         else if (a == "--decode") o.decode = true;
         else if (a == "--needle") o.needle = true;
-        else if (a == "-b") o.batch = integer(a, value(a), 1, 1 << 16);
+        else if (a == "-b") o.batches = integers(a, value(a), 1, 1 << 16), o.batch = o.batches[0], batch_option = true;
+        else if (a == "--batch") o.batches = {o.batch = integer(a, value(a), 1, 1 << 16)}, o.prompt_lines = true;
         else if (a == "--stride") o.stride = integer(a, value(a), 1);
         else if (a == "--no-bos") o.ppl_bos = false;
         else if (a == "--windows") o.max_windows = integer(a, value(a), 1);
         else if (a == "--bench") o.bench = true;
-        else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1);
+        else if (a == "--shape") o.shape = value(a);
+        else if (a == "--dtype") {
+            const std::string name = value(a);
+            if (name != "f32" && name != "f16" && name != "bf16") refuse("--dtype '%s': expected f32, f16 or bf16", name.c_str());
+            o.dtype = name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16, dtype_given = true;
+        }
+        else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1, 1 << 28);
         else if (a == "--json") o.json = true;
         else if (a == "-ngl") refuse("-ngl: there is no split by layers; -d cuda runs the whole model on the GPU");
         else if (a == "-z") refuse("-z: the tokenizer is part of the model file (build/convert SRC -o model.bin --tokenizer FILE)");
@@ -181,13 +209,36 @@ static Options parse(int argc, char **argv) {
         else if (o.model.empty()) o.model = a;
         else refuse("'%s': a second model? the first is '%s' (a prompt needs -p)", a.c_str(), o.model.c_str());
     }
+    if ((!o.shape.empty() || dtype_given) && !(o.bench && !o.shape.empty()))
+        refuse("--shape and --dtype: only for --bench --shape S; a prompt needs a MODEL.bin (build/random_model makes one)");
+    if (!o.shape.empty() && !o.model.empty()) refuse("--shape %s: takes no model, and '%s' is one", o.shape.c_str(), o.model.c_str());
+    if (!o.shape.empty()) o.model = o.shape;
     if (o.model.empty()) refuse("no model given: run MODEL.bin -p \"Once upon a time\" (run --help)");
     if (o.bench + !o.ppl_file.empty() + o.has_prompt > 1) refuse("only one of a prompt, --ppl and --bench can be given");
     if (!o.bench && o.ppl_file.empty() && !o.has_prompt) refuse("nothing to do: give -p TEXT, -f FILE, --ppl FILE or --bench (run --help)");
-    if (o.has_prompt && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
+    if (!o.bench && (formats.size() > 1 || o.batches.size() > 1)) refuse("%s: a list is for --bench", formats.size() > 1 ? "--kv" : "-b");
+    if (formats.size() > 1 && one_side) refuse("-ctk, -ctv: --kv names %zu formats for both", formats.size());
+    if (o.has_prompt && batch_option) refuse("-b: for --ppl and --bench; --batch N takes a prompt a line, N at once");
+    if (o.has_prompt && !o.prompt_lines && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
     check_measuring(o);
+    for (size_t i = 0; i < std::max<size_t>(1, formats.size()); i++) {
+        o.kvs.push_back(o.kv);
+        if (formats.size() > 1) o.kvs[i].k_format = o.kvs[i].v_format = formats[i];
+    }
     if (o.bench && tokens_given) o.bench_tokens = std::max(1, o.n_predict);
     return o;
+}
+
+static Model weights_of(const Options &o, const Ops &ops) {
+    Config c;
+    if (o.shape.empty()) {
+        Model m = model_open(o.model);
+        if (&ops != &cpu_ops) check_weights_fit(m.weights_bytes, ops);    // the CPU reads the mapped file
+        model_upload(m, ops);
+        return m;
+    }
+    if (!shape_from_name(o.shape, &c)) refuse("--shape '%s': expected one of %s", o.shape.c_str(), SHAPE_NAMES);
+    return random_weights(c, o.dtype, ops);
 }
 
 int main(int argc, char **argv) {
@@ -195,9 +246,9 @@ int main(int argc, char **argv) {
         const Options o = parse(argc, argv);
         const Ops *ops = device_open(o.device);
         if (o.threads) omp_set_num_threads(o.threads);
-        Model m = model_open(o.model);
-        model_upload(m, *ops);
-        if (o.bench) bench(m, *ops, o);
+        const int64_t memory_before = memory_taken(*ops);
+        const Model m = weights_of(o, *ops);
+        if (o.bench) bench(m, *ops, o, memory_before);
         else if (o.needle) needle(m, *ops, o);
         else if (!o.ppl_file.empty()) perplexity(m, *ops, o);
         else generate(m, *ops, o);

@@ -15,7 +15,7 @@ void meter_open(Meter &t, const Model &m, const Ops &ops, const std::vector<KvOp
     t.rows_each = decode ? 1 : std::max(1, std::min(context, step_rows / slots));
     const int rows_out = t.rows_each * slots, rows = std::max(rows_out, t.exact_prefill ? prompt : 0);
 
-    announce_memory(m, ops, kv[0], slots, context, rows, rows_out, quiet, t.n_caches > 1 ? &kv[1] : nullptr);
+    announce_memory(m, ops, {kv[0], slots, context, rows, rows_out, t.n_caches > 1 ? &kv[1] : nullptr}, quiet);
     for (int i = 0; i < t.n_caches; i++) {
         kv_cache_open(t.cache[i], ops, c, kv[i], slots, context);
         t.logits[i].resize((size_t)rows_out * c.vocab);

@@ -10,10 +10,13 @@ struct Ablation { const char *name; unsigned flag; };
 constexpr Ablation ABLATIONS[] = {{"first-norm", NO_FIRST_NORM}, {"shift", NO_SHIFT}, {"hadamard", NO_HADAMARD}, {"pre-rope", NO_PRE_ROPE}, {"scale", NO_SCALE}};
 
 struct Options {
-    std::string model;
+    std::string model;               // a file, or the name of a shape when shape is set
+    std::string shape;               // --shape: random weights instead of a file, for --bench
+    DType dtype = DType::bf16;       // --dtype, of those
     // text
     bool has_prompt = false;
     std::string prompt;              // -p, -f, -
+    bool prompt_lines = false;       // --batch: every line of it is a prompt
     bool parse_special = true;       // control tokens written out in the prompt count as such
     bool echo = true;                // the prompt is part of the text
     int n_predict = -1;              // -n; -1 until the end of text or of the context
@@ -26,7 +29,7 @@ struct Options {
     bool json = false;
     // modes
     std::string ppl_file;
-    int batch = 0;                   // -b; 0 the mode's own choice
+    int batch = 0;                   // --batch, -b: sequences at once; 0 the mode's own choice
     int stride = 0;                  // --stride; 0 disjoint windows
     bool ppl_bos = true;             // --no-bos
     int max_windows = 0;             // --windows; 0 all
@@ -35,5 +38,7 @@ struct Options {
     bool by_position = false, decode = false, needle = false;
     bool bench = false;
     std::vector<int> depths = {0};   // --bench -d
+    std::vector<int> batches = {1};  // --bench -b
+    std::vector<KvOptions> kvs;      // --bench --kv; every other mode takes kv
     int bench_prompt = 512, bench_tokens = 64;    // --bench -p, -n
 };

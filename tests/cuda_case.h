@@ -1,11 +1,10 @@
-// cuda_case.h - what the GPU tests share: the device or a loud skip, arrays on it, a step, and a cache on both backends.
+// cuda_case.h - what the tests of the CUDA backend share: the device, arrays and steps on it, the same sequences through the
+// caches of both backends.
 #pragma once
 #include <doctest/doctest.h>
 #include "cases.h"
-#include "device.h"
 
 namespace reference {
-void matmul(float *y, const float *x, Matrix W, int N, int in, int out);
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
 }
 
@@ -46,11 +45,6 @@ struct StepOn {
     }
     ~StepOn() { ops.release(scratch); }
 };
-inline Rows plain_rows(int N) {
-    Rows rows;
-    for (int n = 0; n < N; n++) rows.add(n, n, 0, true);
-    return rows;
-}
 
 // Sequences of random queries, keys and values through the caches of both, in the same steps.
 struct BothCaches {
@@ -72,6 +66,10 @@ struct BothCaches {
         kv_cache_open(on_cpu, cpu_ops, c, o, (int)lengths.size(), longest);
         kv_cache_open(on_gpu, gpu, c, o, (int)lengths.size(), longest);
     }
+    static int64_t beside_bytes(const KvView &v, bool key) {
+        const int64_t records = (key ? v.k_format : v.v_format) == KvFormat::deco4 ? v.L * v.B : (int64_t)code_layers(key ? v.k_share : v.v_share, v.L) * v.n_blocks * v.Hkv;
+        return (key ? v.k_beside : v.v_beside) ? records * (key ? v.k_beside_bytes : v.v_beside_bytes) : 0;
+    }
     // The CPU's cache, byte for byte.  Both pools hand out blocks in the same order.
     void copy_cache() {
         const KvView &a = on_cpu.view, &b = on_gpu.view;
@@ -80,6 +78,8 @@ struct BothCaches {
         gpu.upload(b.v_sealed, a.v_sealed, blocks * a.v_block_bytes);
         gpu.upload(b.k_exact, a.k_exact, exact);
         gpu.upload(b.v_exact, a.v_exact, exact);
+        if (a.k_beside) gpu.upload(b.k_beside, a.k_beside, beside_bytes(a, true));
+        if (a.v_beside) gpu.upload(b.v_beside, a.v_beside, beside_bytes(a, false));
     }
     // The next rows of every sequence: to position until[s].  Results of the GPU, and of the reference if wanted; the CPU's
     // cache is written when the reference is wanted or cpu_too.
@@ -119,3 +119,23 @@ struct BothCaches {
         return e;
     }
 };
+
+// Logits (ids.size(), V) of a sequence fed rows_each tokens a step.
+inline std::vector<float> gpu_logits(const Model &m, const std::vector<int> &ids, int rows_each, const Ops &ops, const KvOptions &kv = {}) {
+    const int T = (int)ids.size(), V = m.config.vocab;
+    KvCache cache;
+    kv_cache_open(cache, ops, m.config, kv, 1, T);
+    Activations a;
+    activations_open(a, ops, m.config, std::min(rows_each, T), std::min(rows_each, T));
+    std::vector<float> logits((size_t)T * V);
+    Rows rows;
+    for (int p0 = 0; p0 < T; p0 += rows_each) {
+        rows.clear();
+        const int end = std::min(T, p0 + rows_each);
+        for (int p = p0; p < end; p++) rows.add(ids[p], 0, p, true);
+        kv_cache_reserve(cache, 0, end);
+        forward(m, cache.view, a, rows.batch(), ops);
+        ops.download(&logits[(size_t)p0 * V], a.logits, (size_t)(end - p0) * V * sizeof(float));
+    }
+    return logits;
+}

@@ -214,7 +214,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         auto next = [&](const Ops &ops, bool poison) {
             std::copy(k_exact.begin(), k_exact.end(), v.k_exact), std::copy(v_exact.begin(), v_exact.end(), v.v_exact);
             if (poison) {
-                for (const auto &x : {std::make_pair(a.x, c.dim), {a.xn, c.dim}, {a.q, c.n_heads * c.head_dim}, {a.k, c.n_kv_heads * c.head_dim}, {a.v, c.n_kv_heads * c.head_dim}, {a.att, c.n_heads * c.head_dim}, {a.y, c.dim}, {a.gate, c.ffn_dim}, {a.up, c.ffn_dim}})
+                for (const auto &x : {std::make_pair(a.x, c.dim), {a.xn, c.dim}, {a.q, c.n_heads * c.head_dim}, {a.k, c.n_kv_heads * c.head_dim}, {a.v, c.n_kv_heads * c.head_dim}, {a.att, c.n_heads * c.head_dim}, {a.gate, c.ffn_dim}, {a.up, c.ffn_dim}})
                     std::fill(x.first, x.first + (size_t)T * x.second, NAN);
                 for (f16 *x : {a.k16, a.v16}) std::fill(x, x + (size_t)T * c.n_kv_heads * c.head_dim, to_f16(NAN));
                 for (f16 *x : {v.k_exact, v.v_exact})    // rows of the open block that are not this text's

@@ -1,16 +1,14 @@
 // random_model.cpp - a model.bin of a real shape with random weights: for benchmarks, where only sizes matter.
 //
 // Weights are near-normal with deviation 1/sqrt(in), so that a row of unit rms stays one; wo and w_down, which add to
-// the residual stream 2L times, have 1/sqrt(2 L in).  Norms are 1.  A value depends on seed, tensor and element alone:
-//
-//   z = splitmix64(key + element)   w = (sum of the four 16-bit parts of z - mean) / deviation
-//
-// The sum of four uniform numbers is close enough to normal here, and costs no logarithm or cosine: 8 billion weights
-// take about a minute.
+// the residual stream 2L times, have 1/sqrt(2L in).  Norms are 1.  A value depends on seed, tensor and element alone:
+// near_normal() of random_weights.h, with a key made of seed and tensor name.  8 billion weights take about a minute.
 #include <cerrno>
 #include <cmath>
 #include "checkpoint.h"
 #include "command.h"
+#include "random_weights.h"
+#include "shapes.h"
 
 static const char *USAGE =
     "usage: random_model SHAPE -o model.bin [--dtype f32|f16|bf16] [--seed N]\n"
@@ -21,27 +19,10 @@ static const char *USAGE =
 
 static Config named_shape(const std::string &name) {
     Config c;
-    c.dialect = "random " + name;
-    auto shape = [&](int dim, int ffn_dim, int layers, int heads, int kv_heads, int head_dim, int vocab, int max_len) {
-        c.dim = dim, c.ffn_dim = ffn_dim, c.n_layers = layers, c.n_heads = heads, c.n_kv_heads = kv_heads;
-        c.head_dim = head_dim, c.vocab = vocab, c.max_len = max_len;
-    };
-    if (name == "llama-2-7b") {
-        shape(4096, 11008, 32, 32, 32, 128, 32000, 4096);
-    } else if (name == "llama-3-8b") {
-        shape(4096, 14336, 32, 32, 8, 128, 128256, 8192);
-        c.rope_theta = 500000.0f;
-    } else if (name == "llama-3.2-1b") {
-        shape(2048, 8192, 16, 32, 8, 64, 128256, 131072);
-        c.rope_theta = 500000.0f;
-        c.rope_factor = 32.0f;
-        c.tied = true;
-    } else if (path_exists(name)) {
-        c = read_hf_config(name);
-        c.dialect = "random " + c.dialect;
-    } else {
-        refuse("shape: expected llama-2-7b, llama-3-8b, llama-3.2-1b or a config.json, found '%s'", name.c_str());
-    }
+    if (shape_from_name(name, &c)) return c;
+    if (!path_exists(name)) refuse("shape: expected %s or a config.json, found '%s'", SHAPE_NAMES, name.c_str());
+    c = read_hf_config(name);
+    c.dialect = "random " + c.dialect;
     return c;
 }
 
@@ -70,13 +51,6 @@ static Tokenizer plain_tokenizer(int vocab) {
     return t;
 }
 
-static uint64_t splitmix64(uint64_t z) {
-    z += 0x9e3779b97f4a7c15;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
-    z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return z ^ z >> 31;
-}
-
 static void random_rows(const Config &c, uint64_t seed, const TensorSpec &spec, int64_t first, int64_t n, float *rows) {
     const int64_t cols = spec.shape.back();
     if (spec.is_norm) {
@@ -87,15 +61,8 @@ static void random_rows(const Config &c, uint64_t seed, const TensorSpec &spec, 
     for (const char letter : spec.name) key = splitmix64(key ^ (uint64_t)letter);
     const std::string last = spec.name.substr(spec.name.rfind('.') + 1);
     const bool residual = last == "wo" || last == "w_down";
-    // The variance of a uniform 16-bit number is (2^32 - 1) / 12.
-    const double deviation = std::sqrt(4 * (0x1p32 - 1) / 12);
-    const float scale = (float)(1.0 / (deviation * std::sqrt((double)cols * (residual ? 2 * c.n_layers : 1))));
-    const float mean = 4 * 32767.5f;
-    for (int64_t i = 0; i < n * cols; i++) {
-        const uint64_t z = splitmix64(key + (uint64_t)(first * cols + i));
-        const uint64_t sum = (z & 0xffff) + (z >> 16 & 0xffff) + (z >> 32 & 0xffff) + (z >> 48);
-        rows[i] = ((float)sum - mean) * scale;
-    }
+    const float scale = (float)(1.0 / (NEAR_NORMAL_DEVIATION * std::sqrt((double)cols * (residual ? 2 * c.n_layers : 1))));
+    for (int64_t i = 0; i < n * cols; i++) rows[i] = near_normal(key, (uint64_t)(first * cols + i)) * scale;
 }
 
 static uint64_t parse_seed(const std::string &text) {

@@ -25,6 +25,8 @@ cmp -s "$work/a" "$work/b" && die "seed 3 and seed 4 tell the same"
 grep -q "the context of 40 tokens is full" "$work/err" || die "does not say that the context is full"
 tail -n 1 "$work/err" | grep -q '"stop":"context"' || die "stop is not context"
 refuses 1 "prompt: [0-9]+ tokens, the context holds 3" "$run" $model -p "The old man and the sea" -c 3
+# too little memory is one line that says what would fit
+refuses 1 "memory: .* MiB needed .*cache .*1 x 1000000000 tokens.*would fit: up to [0-9]+ tokens a sequence" "$run" $model -p "The old" -c 1000000000
 # an empty prompt starts from BOS alone
 "$run" $model -p "" -n 5 >"$work/a" 2>/dev/null && [ -s "$work/a" ] || die "empty prompt"
 # a closed pipe or a full disk is no success

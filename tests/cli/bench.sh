@@ -1,0 +1,37 @@
+# --bench: a row for every format, batch and depth, and figures that fit each other.
+. tests/cli/lib.inc
+"$run" $model --bench -d 100,0,700 --kv f16,nsn2b -b 1,3 -n 3 --prompt-tokens 64 --json >"$work/json" 2>"$work/err" || die "--bench: $(cat "$work/err")"
+sed 's/.*"rows":\[//; s/},{/}\
+{/g' "$work/json" >"$work/rows"
+get() { sed "s/.*\"$1\":\"*\([^,}\"]*\).*/\1/"; }
+list() { get "$1" <"$work/rows" | tr '\n' ' '; }
+[ "$(list depth)" = "0 100 700 0 100 700 0 100 700 0 100 700 " ] || die "depths: $(list depth)"
+[ "$(list b)" = "1 1 1 3 3 3 1 1 1 3 3 3 " ] || die "batches: $(list b)"
+[ "$(list kv | tr ' ' '\n' | uniq -c | tr -s ' \n' ' ')" = " 6 f16/f16 6 nsn2b/nsn2b " ] || die "formats: $(list kv)"
+# bytes: a token of f16 costs 3,072 bytes of this model; 3 sequences read 3 times the cache and the weights once
+total() { sed -n "$1p" "$work/rows" | get bytes_per_step | sed 's/\..*//'; }
+weights=$(sed -n 1p "$work/rows" | get weights_bytes_per_step | sed 's/\..*//')
+[ "$(total 3)" = $((weights + 702 * 3072)) ] || die "f16, depth 700: $(total 3) bytes a step"    # 701, 702 and 703 tokens
+[ "$(total 6)" = $((weights + 3 * 702 * 3072)) ] || die "f16, three sequences: $(total 6) bytes a step"
+[ "$(total 9)" -lt $((weights + 702 * 3072 / 4)) ] || die "nsn2b reads $(total 9) bytes a step"
+for key in prefill_tok_s decode_tok_s gb_s share limit_tok_s announced_bytes taken_bytes; do
+    get $key <"$work/rows" | awk '!($1 > 0) { exit 1 }' || die "$key: $(list $key)"
+done
+"$run" $model --bench -d 70 -n 2 --prompt-tokens 8 -ctk nsn4b -ctv nsn2b >"$work/out" 2>/dev/null && grep -qE "^ +70 +1 nsn4b/nsn2b " "$work/out" || die "table: $(cat "$work/out")"
+
+# a depth that does not fit is left out and said; the others are measured
+"$run" $model --bench -d 0,200000000 -b 100 -n 1 --prompt-tokens 1 --json >"$work/json" 2>"$work/err" || die "-d 200000000: $(cat "$work/err")"
+grep -q "^left out: depth 200000000: memory: " "$work/err" && grep -q '"rows":\[{"depth":0,.*"too_large":\[{"depth":200000000,' "$work/json" || die "too large: $(cat "$work/err" "$work/json")"
+"$run" $model --bench -d 200000000 -b 100 >"$work/out" 2>"$work/err" && die "nothing fits, and exit code 0"
+tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$work/err")"
+
+refuses 2 "a list is for --bench" "$run" $model -p x --kv f16,nsn2b
+refuses 2 "a list is for --bench" "$run" $model --ppl x -b 1,2
+refuses 2 "names 2 formats for both" "$run" $model --bench --kv f16,nsn2b -ctk nsn1
+refuses 2 "KV format ''" "$run" $model --bench --kv f16,
+refuses 2 "only for --bench" "$run" --shape llama-3-8b -p x
+refuses 2 "only for --bench" "$run" $model --bench --dtype f16
+refuses 2 "takes no model" "$run" $model --bench --shape llama-3-8b
+refuses 2 "expected one of llama-2-7b" "$run" --bench --shape llama-9
+refuses 2 "expected f32, f16 or bf16" "$run" --bench --shape llama-3-8b --dtype q4
+exit 0
