@@ -50,6 +50,8 @@ $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/bench_attention: $(call obj,tests/bench_attention.cpp $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
+$(BUILD)/bench_decode: $(BUILD)/tests/bench_decode.cu.cuda.o $(call obj,$(LIB))
+	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
 	$(CXX) $(CXXFLAGS) -c $< -o $@
@@ -76,6 +78,9 @@ test: all $(BUILD)/test
 bench: all $(BUILD)/bench_attention
 	./run tests/models/books-5m.bin --bench -d 0,768
 	$(BUILD)/bench_attention
+ifeq ($(CUDA),1)
+	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) $(BUILD)/bench_decode && $(BUILD)/bench_decode; else echo "SKIPPED: no GPU, so no bench of its attention"; fi
+endif
 
 clean:
 	rm -rf build run

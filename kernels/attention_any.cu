@@ -25,6 +25,7 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int MIN_SEGMENT = 4;       // blocks: 256 tokens
 constexpr int MAX_SEGMENTS = 64;     // of a row; bounds the scratch at any context
 constexpr int SPLIT_ROWS = 16;       // steps of up to so many rows give every segment a thread block
+constexpr int64_t DECODE_BLOCKS = 2048;    // blocks of all rows and heads from which attention_decode is faster
 constexpr int PAD = 4;               // floats behind a row of shared memory, so that rows start in different banks
 
 HD int segment_blocks(int n_blocks) {
@@ -346,7 +347,7 @@ template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_row
 }
 
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
-    if (attention_decode(y, q, kv, layer, k16, v16, b, Hq)) return;
+    if ((int64_t)b.N * kv.Hkv * kv.max_blocks >= DECODE_BLOCKS && attention_decode(y, q, kv, layer, k16, v16, b, Hq)) return;
     if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();

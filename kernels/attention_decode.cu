@@ -25,6 +25,7 @@ constexpr int QUERIES = 4;                        // query heads that share a pa
 constexpr int CODE_WARPS = 12, CODE_THREADS = 32 * CODE_WARPS;
 constexpr int EXACT_WARPS = 4;
 constexpr int MAX_PARTS = 128;                    // segments of a row, coded and exact each
+constexpr int MOST_ROWS = 256;                    // of a step; more would need more scratch
 constexpr int FEW = 8;                            // up to so many rows, a row's segments do not depend on the step
 constexpr int GPU_WARPS = 132 * CODE_WARPS;       // of an H100; a constant, so that every GPU adds in the same order
 constexpr uint32_t TABLE = 65536;                 // shared address of the codebook: its low 16 bits are free for a code and a lane
@@ -45,9 +46,10 @@ struct DecodeArgs {
     float *q_scaled;           // (N, Hq, d)          q log2(e) / sqrt(d)
     int8_t *q_code;            // (N, Hq, 2, d)       hi, lo of R of it, in units of q_unit.x
     float2 *q_unit;            // (N, Hq)             unit, half the sum of the integers
-    float *part_o;             // (N, Hq, 2 MAX_PARTS, 2, d)   sums of codes, of plain rows; first the coded segments
-    float2 *part_ml;           // (N, Hq, 2 MAX_PARTS)
-    int layer, Hq, G, chunks, parts;    // parts: segments that a launch has room for
+    float *part_o;             // (N, Hq, 2 room, 2, d)   sums of codes, of plain rows; first the coded segments
+    float2 *part_ml;           // (N, Hq, 2 room)
+    int layer, Hq, G, chunks;
+    int parts, room;           // segments of a row that a launch works on, that the scratch holds; coded and exact each
 };
 
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
@@ -350,7 +352,7 @@ template <class K, class V> __global__ void __launch_bounds__(CODE_THREADS, 1) d
         }
         for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
         for (int q = 0; q < n_queries; q++) {
-            const int64_t at = (first + q) * 2 * MAX_PARTS + part;
+            const int64_t at = (first + q) * 2 * a.room + part;
             if (t == q) {
                 for (int c = 0; c < V_CHANNELS; c++) a.part_o[at * 2 * D + V_CHANNELS * g + c] = out[c] + 0.5f * w_sum;
                 if (g == 0) a.part_ml[at] = make_float2(m, l);
@@ -450,7 +452,7 @@ template <int D> __global__ void __launch_bounds__(32 * EXACT_WARPS) decode_exac
             for (int c = 0; c < 2 * C; c++) o[j][c] += __shfl_xor_sync(~0u, o[j][c], w);
         }
         if (j >= n_queries || row != 0) continue;
-        const int64_t at = (first + j) * 2 * MAX_PARTS + MAX_PARTS + part;
+        const int64_t at = (first + j) * 2 * a.room + a.room + part;
         if (u == 0) a.part_ml[at] = make_float2(m[j], l[j]);
         for (int c = 0; c < C; c++) a.part_o[(at * 2 + 1) * D + C * u + c] = o[j][c], a.part_o[(at * 2 + 1) * D + D / 2 + C * u + c] = o[j][C + c];
     }
@@ -474,7 +476,7 @@ template <int D> __global__ void __launch_bounds__(32) decode_merge_kernel(Decod
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
             const int i = min(i0 + j, n_parts - 1);
-            const int64_t at = query * 2 * MAX_PARTS + (i < n_coded ? i : MAX_PARTS + i - n_coded);
+            const int64_t at = query * 2 * a.room + (i < n_coded ? i : a.room + i - n_coded);
             ml[j] = i0 + j < n_parts ? a.part_ml[at] : make_float2(-INFINITY, 0.0f);
             for (int c = 0; c < D / 32; c++) {
                 x[j][0][c] = i < n_coded ? a.part_o[at * 2 * D + c * 32 + lane] : 0.0f;
@@ -501,22 +503,28 @@ template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::cha
 
 // ---- launch -------------------------------------------------------------------------------------------------
 static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+// Segments that any row of such a step can have: decode_segment asks for no more.
+static int room_of(int N, int Hq) { return std::min(MAX_PARTS, std::max(1, decode_parts(N, (int)ceil_div(Hq, QUERIES)))); }
+static int64_t work_of(int64_t N, int Hq, int d) {
+    const int64_t queries = N * Hq, parts = queries * 2 * room_of((int)N, Hq);
+    return aligned(queries * d * 4) + aligned(queries * d * 2) + aligned(queries * 8) + aligned(parts * 8) + parts * 2 * d * 4;
+}
 int64_t attention_decode_work_bytes(const StepShape &shape) {
-    const int64_t queries = (int64_t)shape.N * shape.Hq;
-    return aligned(queries * shape.d * 4) + aligned(queries * shape.d * 2) + aligned(queries * 8) + aligned(queries * 2 * MAX_PARTS * 8) +
-           queries * 2 * MAX_PARTS * 2 * shape.d * 4;
+    int64_t most = 0;    // fewer rows may have more segments in all
+    for (int N = 1; N <= std::min(shape.N, MOST_ROWS); N++) most = std::max(most, work_of(N, shape.Hq, shape.d));
+    return most;
 }
 
-template <class K, class V> static void launch_codes(const DecodeArgs &a, int sms) {
+template <class K, class V> static void launch_codes(const DecodeArgs &a) {
     constexpr int bytes = 2 * (int)TABLE - 1024 + CODE_WARPS * (int)sizeof(CodeScratch<K::d>);    // dynamic shared memory starts at 1,024
     static_assert(4 * (K::d / 16) * 512 + 1024 <= (int)TABLE && bytes <= 227 * 1024, "E before the codebook, the warps' scratch behind it");
     static const cudaError_t allowed = cudaFuncSetAttribute(decode_codes_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     CUDA_CHECK(allowed);
     const int64_t items = (int64_t)a.b.N * a.kv.Hkv * a.chunks * a.parts;
-    decode_codes_kernel<K, V><<<(int)std::min<int64_t>(items, sms), CODE_THREADS, bytes, stream>>>(a);
+    decode_codes_kernel<K, V><<<(int)std::min<int64_t>(items, sm_count), CODE_THREADS, bytes, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
 }
-template <int D> static bool launch(DecodeArgs &a, int sms) {
+template <int D> static bool launch(DecodeArgs &a) {
     const KvView &kv = a.kv;
     const dim3 queries(a.Hq, a.b.N);
     const bool exact_only = kv.k_format == KvFormat::f16;
@@ -531,7 +539,7 @@ template <int D> static bool launch(DecodeArgs &a, int sms) {
             with_format_at<D>(kv.v_format, [&](auto v) {
                 using K = decltype(k);
                 using V = decltype(v);
-                if constexpr (is_nsn<K> && is_nsn<V>) launch_codes<K, V>(a, sms);
+                if constexpr (is_nsn<K> && is_nsn<V>) launch_codes<K, V>(a);
             });
         });
     const int parts = a.parts;
@@ -545,10 +553,8 @@ template <int D> static bool launch(DecodeArgs &a, int sms) {
 
 bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
     const Step &step = step_of(b);
-    if (kv.ablate || (kv.d != 64 && kv.d != 128) || (int)step.slots.size() != b.N) return false;
-    static int sms = 0;
-    if (!sms) CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
-    DecodeArgs a = {y, q, kv, k16, v16, b, nullptr, nullptr, nullptr, nullptr, nullptr, layer, Hq, Hq / kv.Hkv, 0, 0};
+    if (kv.ablate || (kv.d != 64 && kv.d != 128) || !step.single_rows() || b.N > MOST_ROWS) return false;
+    DecodeArgs a = {y, q, kv, k16, v16, b, nullptr, nullptr, nullptr, nullptr, nullptr, layer, Hq, Hq / kv.Hkv, 0, 0, 0};
     a.chunks = (int)ceil_div(a.G, QUERIES);
     const int64_t queries = (int64_t)b.N * Hq;
     uint8_t *at = (uint8_t *)step.work;
@@ -556,9 +562,10 @@ bool attention_decode(float *y, const float *q, const KvView &kv, int layer, con
     a.q_scaled = (float *)take(queries * kv.d * 4);
     a.q_code = (int8_t *)take(queries * kv.d * 2);
     a.q_unit = (float2 *)take(queries * 8);
-    a.part_ml = (float2 *)take(queries * 2 * MAX_PARTS * 8);
-    a.part_o = (float *)take(queries * 2 * MAX_PARTS * 2 * kv.d * 4);
-    return kv.d == 64 ? launch<64>(a, sms) : launch<128>(a, sms);
+    a.room = room_of(b.N, Hq);
+    a.part_ml = (float2 *)take(queries * 2 * a.room * 8);
+    a.part_o = (float *)take(queries * 2 * a.room * 2 * kv.d * 4);
+    return kv.d == 64 ? launch<64>(a) : launch<128>(a);
 }
 }    // namespace cuda
 #endif
