@@ -330,7 +330,9 @@ TEST_CASE("cuda: golden logits of transformers, every dtype, decode and prefill"
         memcpy(ids.data(), tokens.data(), tokens.size()), memcpy(want.data(), bytes.data(), bytes.size());
         CHECK(relative_l2(gpu_logits(m, ids, 1, *gpu), want) < 2e-3);      // as on the CPU: fp16 rows of the cache
         CHECK(relative_l2(gpu_logits(m, ids, 7, *gpu), want) < 2e-3);
-        CHECK(relative_l2(gpu_logits(m, ids, 80, *gpu), want) < 2e-3);     // cuBLAS
+        // Many rows: beside the keys and values, queries, weights of attention and (f16 models) activations are rounded to f16,
+        // twice as many roundings of the same size.
+        CHECK(relative_l2(gpu_logits(m, ids, 80, *gpu), want) < 4e-3);
     }
 }
 
