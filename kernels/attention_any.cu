@@ -25,10 +25,6 @@ constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int MIN_SEGMENT = 4;       // blocks: 256 tokens
 constexpr int MAX_SEGMENTS = 64;     // of a row; bounds the scratch at any context
 constexpr int SPLIT_ROWS = 16;       // steps of up to so many rows give every segment a thread block
-// Blocks of a slot's heads from which decode is attention_decode's: a matter of the cache's size, never of the rows of a step,
-// so that a row keeps its bits among any others.  books-46m (2 heads), depth 3,000, batch 1: this page decodes 979 tok/s in f16
-// and 294 in nsn2b, whose every block costs it some 60 us; attention_decode has 40 us to start with.
-constexpr int DECODE_BLOCKS_F16 = 256, DECODE_BLOCKS = 40;
 constexpr int PAD = 4;               // floats behind a row of shared memory, so that rows start in different banks
 
 HD int segment_blocks(int n_blocks) {
@@ -350,8 +346,7 @@ template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_row
 }
 
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
-    const bool is_long = (int64_t)kv.Hkv * kv.max_blocks >= (kv.k_format == KvFormat::f16 ? DECODE_BLOCKS_F16 : DECODE_BLOCKS);
-    if (is_long && attention_decode(y, q, kv, layer, k16, v16, b, Hq)) return;
+    if (attention_decode(y, q, kv, layer, k16, v16, b, Hq)) return;
     if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();

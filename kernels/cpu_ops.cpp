@@ -49,11 +49,12 @@ static Batch cpu_begin(const Batch &host, void *) { return host; }
 static bool cpu_replay(const void *, const KvView &) { return false; }
 static void cpu_end() {}
 
+static bool cpu_attend(float *, const float *, const float *, const float *, f16 *, f16 *, const KvView &, int, const Batch &, int) { return false; }
 static bool cpu_bf16_to_f16(void *, int64_t) { return false; }    // both are widened to f32 anyway
 
 const Ops cpu_ops = {
     "cpu",             cpu_alloc,    free,           cpu_copy,     cpu_copy,        cpu_available, cpu_bf16_to_f16, cpu_read_gb_s,
     cpu_scratch_bytes, cpu_begin,    cpu_replay,     cpu_end,
     cpu::embed,        cpu::gather,  cpu::rmsnorm,   cpu::matmul,  cpu::matmul_add, cpu::qkv,      cpu::gated,
-    cpu::rope,         cpu::kv_write, cpu::attention, cpu::kv_keep,
+    cpu::rope,         cpu_attend,   cpu::kv_write, cpu::attention, cpu::kv_keep,
 };

@@ -82,7 +82,10 @@ struct Ops {
     void (*gated)    (float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int N, int in, int out);
     void (*rope)     (float *q, const Batch &b, RopeTable table, int H, int d);              // q (N,H,d) turned by pos[n], in place
     // The cache (kv_block.h says which tokens a row sees).  k, v (N,Hkv,d): this step's rows, keys before RoPE; k16, v16
-    // the same rounded to fp16, which is what everybody reads.  Three calls a layer, in this order:
+    // the same rounded to fp16, which is what everybody reads.
+    // Calls a layer: rope, then these three in this order.  Or attend, which is all four where a backend does them together; false:
+    // not for such a step, and nothing is done.
+    bool (*attend)   (float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq);
     void (*kv_write) (const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b);
     void (*attention)(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
     void (*kv_keep)  (const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b);

@@ -15,10 +15,12 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
         // attention: x += Wo attend(Wq n, Wk n, Wv n),  n = rmsnorm(x)
         op.rmsnorm(a.xn, a.x, w.attn_norm, c.norm_eps, N, D);
         op.qkv(a.q, a.k, a.v, a.xn, w.wq, w.wk, w.wv, N, D, Hq * d, Hkv * d);
-        op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
-        op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
-        op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);
-        op.kv_keep(kv, l, a.k16, a.v16, b);
+        if (!op.attend(a.att, a.q, a.k, a.v, a.k16, a.v16, kv, l, b, Hq)) {
+            op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
+            op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
+            op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);
+            op.kv_keep(kv, l, a.k16, a.v16, b);
+        }
         op.matmul_add(a.x, a.att, w.wo, N, Hq * d, D);
 
         // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)

@@ -83,3 +83,57 @@ TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
         for (int w = 0; w < 8; w++) CHECK(same_bits(run({w}).data(), &all[w * row], row));
     }
 }
+
+TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (int d : {64, 128})
+        for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b, KvFormat::nsn1}) {
+            KvOptions o;
+            o.k_format = o.v_format = f, o.sink = KV_BLOCK;
+            const Config c = attention_config(2, 4, d);
+            const std::vector<int> lengths = {1, 64, 65, 129, 200, 320};    // 64 and 128 tokens behind a row: it seals a block
+            const int longest = 320, n = 2 * d, nq = 8 * d;
+            KvCache apart, together;
+            for (KvCache *cache : {&apart, &together}) kv_cache_open(*cache, *gpu, c, o, (int)lengths.size(), longest);
+            auto sealed = [&](const KvCache &cache) {
+                std::vector<uint8_t> bytes((size_t)cache.view.n_blocks * 2 * cache.view.k_block_bytes);
+                gpu->download(bytes.data(), cache.view.k_sealed, bytes.size());
+                return bytes;
+            };
+            auto ring = [&](const KvCache &cache) {
+                std::vector<uint16_t> x((size_t)lengths.size() * cache.view.n_exact() * 2 * KV_BLOCK * d);
+                gpu->download(x.data(), cache.view.v_exact, x.size() * 2);
+                return x;
+            };
+            const std::vector<uint8_t> zero(sealed(apart).size()), no_rows(ring(apart).size() * 2);
+            for (KvCache *cache : {&apart, &together}) {
+                gpu->upload(cache->view.k_sealed, zero.data(), zero.size());
+                gpu->upload(cache->view.v_exact, no_rows.data(), no_rows.size());
+            }
+            auto step = [&](bool last) {    // prefill of all but the last two rows, then one row at a time
+                Rows rows;
+                for (size_t s = 0; s < lengths.size(); s++) {
+                    kv_cache_reserve(apart, (int)s, lengths[s]), kv_cache_reserve(together, (int)s, lengths[s]);
+                    for (int p = last ? lengths[s] - 1 : 0; p < (last ? lengths[s] : lengths[s] - 1); p++) rows.add(0, (int)s, p, false);
+                }
+                const int N = (int)rows.token.size();
+                const OnDevice<float> q(*gpu, random_floats((size_t)N * nq, 1 + last, 2.0f)), k(*gpu, random_floats((size_t)N * n, 3 + last)), v(*gpu, random_floats((size_t)N * n, 5 + last));
+                const OnDevice<float> turned(*gpu, q.host()), y(*gpu, q.n), y2(*gpu, q.n);
+                const OnDevice<f16> k16(*gpu, k.n), v16(*gpu, k.n);
+                const StepOn on(*gpu, rows, 8, d, nq);
+                CHECK(gpu->attend(y2.p, q.p, k.p, v.p, k16.p, v16.p, together.view, 0, on.b, 8) == last);
+                gpu->rope(turned.p, on.b, apart.view.rope, 8, d);
+                for (KvCache *cache : {&apart, &together}) {
+                    if (last && cache == &together) continue;
+                    gpu->kv_write(cache->view, 0, k16.p, v16.p, k.p, v.p, on.b);
+                    gpu->attention(y.p, turned.p, cache->view, 0, k16.p, v16.p, on.b, 8);
+                    gpu->kv_keep(cache->view, 0, k16.p, v16.p, on.b);
+                }
+                if (last) CHECK(relative_l2(y2.host(), y.host()) < 1e-5);    // a last bit of RoPE; queries are rounded to 2^-16
+            };
+            step(false), step(true);
+            CHECK(sealed(apart) == sealed(together));
+            CHECK(ring(apart) == ring(together));
+        }
+}

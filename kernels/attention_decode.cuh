@@ -1,0 +1,297 @@
+// attention_decode.cuh - what the two kernels of decode attention share (attention_decode.cu has the whole picture): who does
+// what, exact tokens, and how results of parts are merged.
+#pragma once
+#include "mma.cuh"
+
+namespace cuda {
+
+constexpr int FEW_ROWS = 8;        // up to so many rows, a row's parts do not depend on the step
+constexpr int MAX_PARTS = 128;     // of a row and kv head
+constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
+constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
+constexpr int CODE_WARPS = 12;     // of a thread block of decode_codes.cu, if they fit
+// Who takes a part of the codes: with few rows a thread block, else a warp.
+HD int codes_teams(int rows) { return rows <= FEW_ROWS ? GPU_SMS : GPU_SMS * CODE_WARPS; }
+
+struct DecodeArgs {
+    float *y;                  // (N, Hq, d)
+    KvView kv;
+    const f16 *k16, *v16;      // (N, Hkv, d)
+    Batch b;
+    float *q_scaled;           // (N, Hq, d)          q log2(e) / sqrt(d), after RoPE
+    int8_t *q_code;            // (N, Hq, 2, d)       hi, lo of R of it, in units of q_unit.x
+    float2 *q_unit;            // (N, Hq)             unit, half the sum of the integers
+    float *part_o;             // (N, Hq, room, d)    sums of a part: R is done
+    float2 *part_ml;           // (N, Hq, room)       m in base 2, l
+    int *arrived;              // (N, Hq)             parts that are done; the last one puts it back to 0
+    int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
+    int room, most_parts;      // parts of a head: that the scratch holds; that a row can have
+};
+
+// Parts that a head's `units` are divided into, at least `least` units each; `teams` work at a time, heads: Hkv chunks.  Few rows
+// spread over the whole GPU; many take as many parts as leave the least to the last round of teams.
+HD int decode_parts(int units, int least, int rows, int heads, int teams) {
+    const int most = units / least < 1 ? 1 : units / least < MAX_PARTS ? units / least : MAX_PARTS;
+    if (rows <= FEW_ROWS) return teams / heads < 1 ? 1 : teams / heads < most ? teams / heads : most;
+    const int tasks = rows * heads;
+    int best = 1, best_units = (tasks + teams - 1) / teams * units;
+    for (int rounds = 1; rounds <= 4; rounds++) {
+        const int parts = rounds * teams / tasks < most ? rounds * teams / tasks : most;
+        if (parts <= best) continue;
+        const int done_after = (tasks * parts + teams - 1) / teams * ((units + parts - 1) / parts);
+        if (done_after < best_units) best = parts, best_units = done_after;
+    }
+    return best;
+}
+// No row of such a step has more.
+HD int decode_room(int rows, int heads, int teams) {
+    const int most = rows <= FEW_ROWS ? teams / heads : 4 * teams / (rows * heads);
+    return most < 1 ? 1 : most < MAX_PARTS ? most : MAX_PARTS;
+}
+
+__device__ inline float exp2_fast(float x) {    // 2 ulp, denormals are 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float merge_weight(float m, float top) { return m == -INFINITY ? 0.0f : exp2_fast(m - top); }
+
+// N neighbouring numbers, one load or store.
+template <int N> struct Halves;
+template <> struct Halves<1> { uint16_t raw; };
+template <> struct Halves<2> { uint32_t raw; };
+template <> struct Halves<4> { uint2 raw; };
+template <int N> __device__ inline void widen(float (&x)[N], const Halves<N> &h) {
+    __half y[N];
+    memcpy(y, &h, sizeof y);
+    for (int i = 0; i < N; i++) x[i] = __half2float(y[i]);
+}
+template <int N> struct alignas(4 * N) Floats { float x[N]; };
+template <int N> __device__ inline Floats<N> load_l2(const float *p) {    // what another SM wrote
+    Floats<N> f;
+    if constexpr (N == 4) { const float4 v = __ldcg((const float4 *)p); memcpy(&f, &v, sizeof f); }
+    else { const float2 v = __ldcg((const float2 *)p); memcpy(&f, &v, sizeof f); }
+    return f;
+}
+
+// Channels C lane .. C lane + C-1 of x <- R x, d = 32 C, by one warp.
+template <int C> __device__ inline void hadamard_lanes(float (&x)[C]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 1; h < C; h *= 2)
+#pragma unroll
+        for (int i = 0; i < C; i++)
+            if (!(i & h)) {
+                const float a = x[i], b = x[i + h];
+                x[i] = a + b, x[i + h] = a - b;
+            }
+#pragma unroll
+    for (int h = 1; h < 32; h *= 2)
+#pragma unroll
+        for (int i = 0; i < C; i++) {
+            const float other = __shfl_xor_sync(~0u, x[i], h);
+            x[i] = lane & h ? other - x[i] : x[i] + other;
+        }
+    for (int i = 0; i < C; i++) x[i] *= rsqrtf(32.0f * C);
+}
+
+// Lane L gets the sum of s[L % N] over the N lanes around it.
+template <int N> __device__ inline float sums_of(const float (&s)[N]);
+template <> __device__ inline float sums_of(const float (&s)[1]) { return s[0]; }
+template <int N> __device__ inline float sums_of(const float (&s)[N]) {
+    const unsigned upper = threadIdx.x & N / 2 ? ~0u : 0;
+    float half[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        const unsigned x = __float_as_uint(s[i]), y = __float_as_uint(s[i + N / 2]), swap = (x ^ y) & upper;
+        half[i] = __uint_as_float(x ^ swap) + __shfl_xor_sync(~0u, __uint_as_float(y ^ swap), N / 2);
+    }
+    return sums_of(half);
+}
+// ---- exact tokens -------------------------------------------------------------------------------------------
+// A warp takes GROUP neighbouring tokens of a block of fp16 rows for Q queries.  A lane has D/64 of the pairs that RoPE turns,
+// and channels D/32 lane .. of the values; it keeps the score of token lane / Q for query lane % Q.
+constexpr int GROUP = 8, GROUPS = KV_BLOCK / GROUP;
+template <int D, int Q> struct ExactTokens {
+    static constexpr int PAIRS = D / 64, C = D / 32, SCORES = GROUP * Q;
+    float m = -INFINITY, l = 0;    // of query lane % Q; l of the lane's tokens
+    float o[Q][C] = {};
+    float q[Q][2 * PAIRS];         // as seen from the block's first token
+    Halves<PAIRS> k_lo[GROUP], k_hi[GROUP];
+    Halves<C> v[GROUP];
+
+    // Queries of a row and head, turned back by the angle of block i.
+    __device__ void turn_queries(const float *q_scaled, int n_queries, const float *base) {
+        const int j = PAIRS * (threadIdx.x % 32);
+        for (int p = 0; p < PAIRS; p++) {
+            const float c = base[j + p], s = base[D / 2 + j + p];
+#pragma unroll
+            for (int i = 0; i < Q; i++) {
+                const float lo = i < n_queries ? q_scaled[i * D + j + p] : 0.0f, hi = i < n_queries ? q_scaled[i * D + D / 2 + j + p] : 0.0f;
+                q[i][p] = lo * c + hi * s, q[i][PAIRS + p] = hi * c - lo * s;
+            }
+        }
+    }
+    // Tokens t0 .. of a block; rows are D apart, that of token `own` is elsewhere; tokens from count on are not there.
+    __device__ void load_keys(const f16 *rows, const f16 *own_row, int t0, int own, int count) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            const int t = min(t0 + i, count - 1);
+            const f16 *x = (t == own ? own_row : rows + t * D) + PAIRS * (threadIdx.x % 32);
+            k_lo[i] = *(const Halves<PAIRS> *)x, k_hi[i] = *(const Halves<PAIRS> *)(x + D / 2);
+        }
+    }
+    __device__ void load_values(const f16 *rows, const f16 *own_row, int t0, int own, int count) {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            const int t = min(t0 + i, count - 1);
+            v[i] = *(const Halves<C> *)((t == own ? own_row : rows + t * D) + C * (threadIdx.x % 32));
+        }
+    }
+    __device__ float scores(const float *rope_step, int t0, int count) {
+        const int j = PAIRS * (threadIdx.x % 32);
+        float s[SCORES];
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            const float *angle = rope_step + min(t0 + i, count - 1) * D + j;
+            const Floats<PAIRS> co = *(const Floats<PAIRS> *)angle, si = *(const Floats<PAIRS> *)(angle + D / 2);
+            float lo[PAIRS], hi[PAIRS];
+            widen(lo, k_lo[i]), widen(hi, k_hi[i]);
+#pragma unroll
+            for (int n = 0; n < Q; n++) s[i * Q + n] = 0;
+#pragma unroll
+            for (int p = 0; p < PAIRS; p++) {
+                const float x = lo[p] * co.x[p] - hi[p] * si.x[p], y = lo[p] * si.x[p] + hi[p] * co.x[p];
+#pragma unroll
+                for (int n = 0; n < Q; n++) s[i * Q + n] = fmaf(q[n][p], x, fmaf(q[n][PAIRS + p], y, s[i * Q + n]));
+            }
+        }
+        float score = sums_of(s);
+        for (int w = SCORES; w < 32; w *= 2) score += __shfl_xor_sync(~0u, score, w);
+        return t0 + threadIdx.x % SCORES / Q < count ? score : -INFINITY;
+    }
+    __device__ void add_values(float score) {
+        float top = score;
+        for (int w = Q; w < SCORES; w *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, w));
+        if (__any_sync(~0u, top > m)) {
+            const float up = fmaxf(m, top), old = exp2_fast(m - up);
+            m = up, l *= old;
+#pragma unroll
+            for (int n = 0; n < Q; n++) {
+                const float f = __shfl_sync(~0u, old, n);
+                for (int c = 0; c < C; c++) o[n][c] *= f;
+            }
+        }
+        const float p = exp2_fast(score - m);
+        l += p;
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            float x[C];
+            widen(x, v[i]);
+#pragma unroll
+            for (int n = 0; n < Q; n++) {
+                const float w = __shfl_sync(~0u, p, i * Q + n);
+                for (int c = 0; c < C; c++) o[n][c] = fmaf(w, x[c], o[n][c]);
+            }
+        }
+    }
+    // m and l of every query, in all lanes.
+    __device__ void totals(float (&m_of)[Q], float (&l_of)[Q]) const {
+        float sum = l;
+        for (int w = Q; w < SCORES; w *= 2) sum += __shfl_xor_sync(~0u, sum, w);
+#pragma unroll
+        for (int n = 0; n < Q; n++) m_of[n] = __shfl_sync(~0u, m, n), l_of[n] = __shfl_sync(~0u, sum, n);
+    }
+};
+
+// ---- merging ------------------------------------------------------------------------------------------------
+// What is left of n queries from `first` on when a part of them is done; lanes have channels D/32 lane ...  Whoever arrives last
+// merges, in the order of the parts.  By one warp.
+template <int D, int Q>
+__device__ void finish_part(const DecodeArgs &a, int64_t first, int n, int part, int parts, const float (&m)[Q], const float (&l)[Q], const float (&o)[Q][D / 32]) {
+    constexpr int C = D / 32, AT_ONCE = 8;    // parts whose loads are in flight together
+    const int lane = threadIdx.x % 32;
+    auto store = [&](float *to, const float (&x)[C], float scale) {
+        Floats<C> f;
+        for (int c = 0; c < C; c++) f.x[c] = x[c] * scale;
+        *(Floats<C> *)(to + C * lane) = f;
+    };
+    if (parts == 1) {
+#pragma unroll
+        for (int q = 0; q < Q; q++)
+            if (q < n) store(a.y + (first + q) * D, o[q], 1.0f / l[q]);
+        return;
+    }
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        if (q >= n) break;
+        const int64_t at = (first + q) * a.room + part;
+        store(a.part_o + at * D, o[q], 1.0f);
+        if (lane == 0) a.part_ml[at] = make_float2(m[q], l[q]);
+    }
+    __threadfence();
+    __syncwarp();
+    int before = 0;
+    if (lane == 0) before = atomicAdd(a.arrived + first, 1);
+    if (__shfl_sync(~0u, before, 0) + 1 < parts) return;
+    __threadfence();
+    if (lane == 0) a.arrived[first] = 0;
+    for (int q = 0; q < n; q++) {
+        const float2 *ml = a.part_ml + (first + q) * a.room;
+        const float *part_o = a.part_o + (first + q) * a.room * D + C * lane;
+        float top = -INFINITY, sum = 0, y[C] = {};
+        for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
+        top = warp_max(top);
+        for (int i0 = 0; i0 < parts; i0 += 32) {
+            float weight = 0;
+            if (i0 + lane < parts) {
+                const float2 x = __ldcg(ml + i0 + lane);
+                weight = merge_weight(x.x, top);
+                sum = fmaf(x.y, weight, sum);
+            }
+            for (int j0 = 0; j0 < min(32, parts - i0); j0 += AT_ONCE) {
+                Floats<C> x[AT_ONCE];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) x[j] = load_l2<C>(part_o + (int64_t)min(i0 + j0 + j, parts - 1) * D);
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    const float w = __shfl_sync(~0u, weight, j0 + j);
+                    for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
+                }
+            }
+        }
+        store(a.y + (first + q) * D, y, 1.0f / warp_sum(sum));
+    }
+}
+
+// Results of a thread block's warps: D sums of Q queries, then their (m, l), in shared memory.
+template <int D, int Q> struct WarpResult {
+    float o[Q][D];
+    float2 ml[Q];
+    __device__ void put(const float (&m)[Q], const float (&l)[Q], const float (&x)[Q][D / 32]) {
+        const int lane = threadIdx.x % 32;
+        for (int q = 0; q < Q; q++) {
+            for (int c = 0; c < D / 32; c++) o[q][D / 32 * lane + c] = x[q][c];
+            if (lane == 0) ml[q] = make_float2(m[q], l[q]);
+        }
+    }
+};
+// Warp q merges query q's, in the order of the warps, and hands it on.  result(w): warp w's.
+template <int D, int Q, class Result>
+__device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int warps, Result result) {
+    const int q = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (q >= n) return;
+    float m[1] = {-INFINITY}, l[1] = {}, o[1][D / 32] = {};
+    for (int w = 0; w < warps; w++) m[0] = fmaxf(m[0], result(w).ml[q].x);
+    for (int w = 0; w < warps; w++) {
+        const WarpResult<D, Q> &r = result(w);
+        const float weight = merge_weight(r.ml[q].x, m[0]);
+        l[0] = fmaf(r.ml[q].y, weight, l[0]);
+        for (int c = 0; c < D / 32; c++) o[0][c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[0][c]);
+    }
+    finish_part<D, 1>(a, first + q, 1, part, parts, m, l, o);
+}
+
+void decode_codes(const DecodeArgs &a);    // decode_codes.cu
+bool decode_codes_fit();                   // this device's shared memory
+}    // namespace cuda

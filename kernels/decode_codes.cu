@@ -1,0 +1,514 @@
+/* decode_codes - decode attention over NSN codes on tensor cores (attention_decode.cu calls it).
+
+   Math      Of a block of 64 tokens at a time, for up to QUERIES query heads:
+               keys    codewords are 8-bit x + 1/2, R q is a 16-bit integer in two bytes (hi, lo), so mma.sync s8 is exact:
+                       sum q (x + 1/2) = 256 sum hi x + sum lo x + (sum q) / 2
+               means   s1[t] q . RoPE_t(mean), the mean turned to the block's start once: z_j = (q_lo m_lo + q_hi m_hi, q_hi m_lo - q_lo m_hi),
+                       times the 64 x d matrix E of the cosines and sines of tokens 0..63, in f16 (z as a sum of two)
+               values  weights p[t] s1[t] s2[t] are 16-bit integers with a power of two of the block as unit, in two bytes
+   Work      A warp has a list of sealed blocks.  The bytes of the next one come to shared memory while this one is worked on;
+             means of two blocks are done together, so that E is read once for both.  Tokens that are exact (sinks, recents, open)
+             are shared among the same warps, 8 at a time (attention_decode.cuh).
+   Fragments Lane (g, t) = (lane / 4, lane % 4).  A row of an A operand is a token for keys (row g + 8 h of tile i is token
+             16 i + 8 h + g), a channel for values; column 2 t, 2 t + 1 of a B operand is query t's hi and lo part.
+   Memory    Shared, by address; a codebook row at an address of 256 k lets one byte permute make the address of codeword k:
+               1 K   E (if K and V differ) | warps ...
+               64 K  row k: codeword k, one copy a lane (pair), 128 bytes | V's, or E and the token factors if K and V are alike
+               128 K warps ...                                  a warp: 2 blocks, z, token factors (if K and V differ), 4 means
+   Cost      nsn2b, d 128: 1,100 instructions and 320 wavefronts of shared memory a block (wanted: 350 clocks, 4,464 bytes at 3.06
+             TB/s), half of it the codes, a quarter the mean of the keys.
+   Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
+#ifdef __CUDACC__
+#include <algorithm>
+#include "attention_decode.cuh"
+namespace cuda {
+
+constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
+
+template <class K, class V> struct Layout {
+    static constexpr int D = K::d;
+    static constexpr bool ALIKE = std::is_same_v<K, V>;
+    static constexpr int SLOT_K = (sizeof(typename K::Block) + 15) / 16 * 16, SLOT_V = (sizeof(typename V::Block) + 15) / 16 * 16, SLOT = SLOT_K + SLOT_V;
+    static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = KV_BLOCK * 16, Z = 8 * D / 2 * 4;
+    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + 4 * MEAN + 15) / 16 * 16;
+    static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
+    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < CODE_WARPS ? BELOW + (int)(END - ABOVE) / WARP : CODE_WARPS;
+    static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, QUERIES>) <= 2 * SLOT && E_BYTES / 128 + CODE_WARPS * FACTORS / 128 <= 256, "does not fit");
+    __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
+    // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row.
+    static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, TOKENS = ALIKE ? 256 : 128;    // bytes from one fragment, or 8 tokens, to the next
+    __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
+    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
+    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - 4 * MEAN; }
+};
+
+// ---- shared memory by address -------------------------------------------------------------------------------
+__device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
+    uint32_t v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ inline uint2 load_codeword2(uint32_t at) {
+    uint2 v;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+template <class T> __device__ inline T load_shared(uint32_t at) {
+    T x;
+    if constexpr (sizeof(T) <= 2) {
+        uint16_t v;
+        if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+        else asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else if constexpr (sizeof(T) == 4) {
+        uint32_t v;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else if constexpr (sizeof(T) == 8) {
+        uint2 v;
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    }
+    return x;
+}
+__device__ inline void store_shared(uint32_t at, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+__device__ inline void store_shared(uint32_t at, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+}
+template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from) {
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// ---- fields of a block --------------------------------------------------------------------------------------
+// BYTES neighbouring bytes as words.
+template <int BYTES, bool ALIGNED8> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ? 1 : BYTES / 4], uint32_t at) {
+    if constexpr (BYTES == 1) w[0] = load_shared<uint8_t>(at);
+    else if constexpr (BYTES == 2) w[0] = load_shared<uint16_t>(at);
+    else if constexpr (BYTES == 4 || !ALIGNED8) {
+#pragma unroll
+        for (int i = 0; i < BYTES / 4; i++) w[i] = load_shared<uint32_t>(at + 4 * i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES / 8; i++) {
+            const uint2 v = load_shared<uint2>(at + 8 * i);
+            w[2 * i] = v.x, w[2 * i + 1] = v.y;
+        }
+    }
+}
+// Words of 4 channels: the codewords that the bytes name, signs applied.  lane_table: TABLE, the side's half, the lane's copy.
+template <int C, bool SIGN, int BYTES>
+__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t lane_table) {
+    auto at = [&](int i) { return __byte_perm(lane_table, code[i / 4], 0x3200 | (4 + i % 4) << 4); };
+    if constexpr (C == 8) {
+#pragma unroll
+        for (int i = 0; i < BYTES; i++) {
+            const uint2 v = load_codeword2(at(i));
+            x[2 * i] = v.x, x[2 * i + 1] = v.y;
+            if constexpr (SIGN) {    // bit to byte 0 or 255: -(x + 1/2) = ~x + 1/2
+                const uint32_t s = sign[i / 4] >> i % 4 * 8;
+                x[2 * i] ^= ((s & 15) * 0x00204081 & 0x01010101) * 255;
+                x[2 * i + 1] ^= ((s >> 4 & 15) * 0x00204081 & 0x01010101) * 255;
+            }
+        }
+    } else if constexpr (C == 4) {
+#pragma unroll
+        for (int i = 0; i < BYTES; i++) x[i] = load_codeword(at(i));
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES; i += 2) x[i / 2] = __byte_perm(load_codeword(at(i)), load_codeword(at(i + 1)), 0x7610);
+    }
+}
+// One copy of codeword k for every lane that reads it alone.
+template <int C, int WARPS> __device__ void fill_table(uint32_t table, const int8_t *codebook) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    constexpr int EACH = (256 + WARPS - 1) / WARPS;
+    uint32_t v[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int k = min(warp + i * WARPS, 255);
+        if constexpr (C == 2) v[i] = *(const uint16_t *)(codebook + 2 * k) * 0x10001u;
+        else v[i] = *(const uint32_t *)(codebook + k * C + (C == 8 ? lane % 2 * 4 : 0));
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (warp + i * WARPS < 256) store_shared(table + (warp + i * WARPS) * 256 + lane * 4, v[i]);
+}
+// Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.
+__device__ inline float2 scales_at(uint32_t at, int lane, const ScaleF16 *) { return unpack(load_shared<uint32_t>(at + 4 * lane)); }
+__device__ inline float2 scales_at(uint32_t at, int lane, const ScaleLog8 *) {
+    const uint32_t u = load_shared<uint16_t>(at + 2 * lane), a = u & 255, b = u >> 8;
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(ScaleLog8, step)));    // step, min
+    const float below = grid.y - grid.x;
+    return make_float2(a ? exp2_fast(fmaf(grid.x, (float)a, below)) : 0.0f, b ? exp2_fast(fmaf(grid.x, (float)b, below)) : 0.0f);
+}
+__device__ inline float2 first_norms_at(uint32_t at, int lane) {
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(FirstNorm, step)));
+    const uint32_t u = load_shared<uint8_t>(at + lane);
+    return make_float2(fmaf(grid.x, (float)(u & 15), grid.y), fmaf(grid.x, (float)(u >> 4), grid.y));
+}
+// Channels c .. c + N-1 of the mean at `at`; c a multiple of N.
+template <int D, int N> __device__ inline Floats<N> mean_at(uint32_t at, int c) {
+    uint32_t u;
+    if constexpr (N == 4) u = load_shared<uint16_t>(at + c / 2);
+    else u = load_shared<uint8_t>(at + c / 2) >> (N == 1 ? c % 2 * 4 : 0);
+    const uint32_t grid = at + offsetof(Mean<D>, step) + c / 32 * 2;
+    const float step = to_f32(load_shared<f16>(grid)), min = to_f32(load_shared<f16>(grid + offsetof(Mean<D>, min) - offsetof(Mean<D>, step)));
+    Floats<N> x;
+#pragma unroll
+    for (int i = 0; i < N; i++) x.x[i] = fmaf(step, (float)(u >> 4 * i & 15), min);
+    return x;
+}
+
+// ---- the kernel ---------------------------------------------------------------------------------------------
+template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>::WARPS, 1) decode_codes_kernel(DecodeArgs a) {
+    using S = Layout<K, V>;
+    constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
+    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, KW = K_BYTES < 4 ? 1 : K_BYTES / 4, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
+    constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
+    constexpr bool K8 = sizeof(typename K::Block) % 8 == 0, V8 = sizeof(typename V::Block) % 8 == 0;
+    using KB = typename K::Block;
+    using VB = typename V::Block;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    auto at_address = [&](uint32_t at) { return shared + (at - START); };    // dynamic shared memory starts there
+    const KvView &kv = a.kv;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t mine = S::warp_at(warp);
+    const uint32_t z_at = mine + 2 * S::SLOT;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t z_store = z_at + PAIRS * lane * 4, z_store_odd = z_at + (PAIRS * lane ^ 16) * 4, z_load = z_at + g * (D / 2) * 4, z_swap = g % 2 * 64;    // odd columns swapped, so that neighbours lie in different banks
+    const uint32_t factors = S::factors(warp), factor = factors + g * 16;    // of 64 tokens: k: s1 s2 delta, s1; v: s1 s2 delta, s1
+    const uint32_t E = S::E(lane), means = S::means(warp);
+    const uint32_t k_lane = g * (D / K::channels) + K_BYTES * t, v_lane = t * (D / V::channels) + V_BYTES * g;    // of the codes
+
+    fill_table<K::channels, WARPS>(TABLE, kv.k_codebook);
+    if (!S::ALIKE) fill_table<V::channels, WARPS>(TABLE + 128, kv.v_codebook);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 4 * (D / 16) * 32; i += 32 * WARPS) {
+        const int l = i % 32, step = i / 32 % (D / 16), tile = i / 32 / (D / 16), pair = step / 2 * 16 + l % 4 * 4 + step % 2 * 2;
+        auto cos_sin = [&](int row, int j) { return pack(kv.rope.step[(16 * tile + row) * D + j], kv.rope.step[(16 * tile + row) * D + D / 2 + j]); };
+        store_shared(S::E(l) + i / 32 * S::FRAGMENT, cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1));
+    }
+    __syncthreads();
+    wait_for_inputs();
+    const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
+    const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
+    const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);
+
+    for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
+        const int part = task % a.most_parts, head = task / a.most_parts % heads, n = task / a.most_parts / heads, h = head / a.chunks;
+        const int slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded_end = min(kv.coded_end(pos), n_blocks), coded = max(0, coded_end - kv.sink);
+        const int parts = decode_parts(coded, by_block ? 8 : 1, a.b.N, heads, codes_teams(a.b.N));
+        if (part >= parts) continue;
+        const int q0 = head % a.chunks * QUERIES, n_queries = min(QUERIES, a.G - q0);
+        const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;    // of the queries
+        const int begin = kv.sink + (int)((int64_t)coded * part / parts) + (by_block ? warp : 0), end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
+        const int mine_n = begin < end ? (end - begin + stride - 1) / stride : 0;    // blocks begin, begin + stride, ...
+
+        uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
+        for (int i = 0; i < 2 * STEPS; i++) bq[i] = g / 2 < n_queries ? *(const uint32_t *)(a.q_code + ((first + g / 2) * 2 + g % 2) * D + D / 4 * t + 4 * i) : 0;
+        const float2 unit = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
+        float qs[QUERIES][2 * PAIRS];                              // pairs PAIRS lane ..
+        for (int q = 0; q < QUERIES; q++)
+            for (int p = 0; p < PAIRS; p++) {
+                qs[q][p] = q < n_queries ? a.q_scaled[(first + q) * D + PAIRS * lane + p] : 0.0f;
+                qs[q][PAIRS + p] = q < n_queries ? a.q_scaled[(first + q) * D + D / 2 + PAIRS * lane + p] : 0.0f;
+            }
+        float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
+
+        // Block number j of the warp: its bytes go to slot j % 2 from the 16-byte boundary before them, those of mean j + 2 come along.
+        uint32_t k_at = 0, v_at = 0;    // of the block that comes
+        auto load_mean = [&](int j) {
+            if (j < mine_n && lane < S::MEAN / 4)
+                copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_block(a.layer, slot, h, begin + j * stride) + offsetof(KB, mean) + 4 * lane);
+        };
+        auto load = [&](int j) {
+            if (j < mine_n) {
+                const int64_t index = kv.sealed_at(a.layer, slot, h, begin + j * stride);
+                const uint8_t *k = kv.k_sealed + index * kv.k_block_bytes, *v = kv.v_sealed + index * kv.v_block_bytes;
+                const uint32_t to = mine + j % 2 * S::SLOT;
+                k_at = to + (uint32_t)((uintptr_t)k & 15), v_at = to + S::SLOT_K + (uint32_t)((uintptr_t)v & 15);
+                k -= (uintptr_t)k & 15, v -= (uintptr_t)v & 15;
+#pragma unroll
+                for (int at = 0; at < S::SLOT_K; at += 512)
+                    if (at + 16 * lane < S::SLOT_K) copy_async<16>(to + at + 16 * lane, k + at + 16 * lane);
+#pragma unroll
+                for (int at = 0; at < S::SLOT_V; at += 512)
+                    if (at + 16 * lane < S::SLOT_V) copy_async<16>(to + S::SLOT_K + at + 16 * lane, v + at + 16 * lane);
+            }
+            load_mean(j + 2);
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        };
+        Floats<PAIRS> base[2][2];                                  // cosines, sines at the start of the next two blocks
+        auto load_base = [&](int j) {
+            for (int i = 0; i < 2; i++) {
+                const float *from = kv.rope.base + (int64_t)(begin + min(j + i, mine_n - 1) * stride) * D + PAIRS * lane;
+                base[i][0] = *(const Floats<PAIRS> *)from, base[i][1] = *(const Floats<PAIRS> *)(from + D / 2);
+            }
+        };
+        if (mine_n > 0) load_mean(0), load_mean(1), load(0), load_base(0);
+        float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
+
+#pragma unroll 1
+        for (int j = 0; j < mine_n; j++) {
+            const uint32_t kb = k_at, vb = v_at;
+            load(j + 1);
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+            __syncwarp();
+            if (j % 2 == 0) {    // means of this block and the next
+                uint32_t z[2][D / 8];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t mean = means + (j + i) % 4 * S::MEAN;
+                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
+                    Floats<PAIRS> ml, mh;
+                    for (int p = 0; p < PAIRS; p++) {
+                        const float c = base[i][0].x[p], sn = base[i][1].x[p];
+                        ml.x[p] = lo.x[p] * c - hi.x[p] * sn, mh.x[p] = lo.x[p] * sn + hi.x[p] * c;
+                    }
+#pragma unroll
+                    for (int q = 0; q < QUERIES; q++)
+#pragma unroll
+                        for (int p = 0; p < PAIRS; p++) {
+                            const float x = qs[q][p] * ml.x[p] + qs[q][PAIRS + p] * mh.x[p], y = qs[q][PAIRS + p] * ml.x[p] - qs[q][p] * mh.x[p];
+                            const uint32_t high = pack(x, y);
+                            const float2 kept = unpack(high);
+                            store_shared(z_store + (2 * q * (D / 2) + p) * 4, high);
+                            store_shared(z_store_odd + ((2 * q + 1) * (D / 2) + p) * 4, pack(x - kept.x, y - kept.y));
+                        }
+                    __syncwarp();
+#pragma unroll
+                    for (int k = 0; k < D / 32; k++) {
+                        const uint4 v = load_shared<uint4>(z_load + ((64 * k + 16 * t) ^ z_swap));
+                        memcpy(z[i] + 4 * k, &v, 16);
+                    }
+                    __syncwarp();
+                }
+                if (j + 2 < mine_n) load_base(j + 2);
+#pragma unroll
+                for (int tile = 0; tile < 4; tile++) {
+                    float c[2][4] = {};
+#pragma unroll
+                    for (int k = 0; k < D / 16; k++) {
+                        unsigned e[4];
+                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+                        memcpy(e, &v, 16);
+                        mma(c[0], e, z[0][2 * k], z[0][2 * k + 1]);
+                        mma(c[1], e, z[1][2 * k], z[1][2 * k + 1]);
+                    }
+                    mean_score[2 * tile] = c[0][0] + c[0][1], mean_score[2 * tile + 1] = c[0][2] + c[0][3];
+                    mean_score2[2 * tile] = c[1][0] + c[1][1], mean_score2[2 * tile + 1] = c[1][2] + c[1][3];
+                }
+            } else
+                for (int i = 0; i < 8; i++) mean_score[i] = mean_score2[i];
+            {    // factors of tokens 2 lane, 2 lane + 1
+                const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
+                const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
+                auto put = [&](uint32_t at, float a, float b, float c, float d) { store_shared(at, __float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)); };
+                const uint32_t to = factors + lane / 4 * S::TOKENS + lane % 4 * 32;
+                put(to, k1.x * k2.x * K::delta, k1.x, v1.x * v2.x * V::delta, v1.x);
+                put(to + 16, k1.y * k2.y * K::delta, k1.y, v1.y * v2.y * V::delta, v1.y);
+            }
+            __syncwarp();
+            // scores of query t, tokens 8 j + g
+            float score[8];
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) {
+                int e[4] = {};
+                uint32_t x[2][2 * STEPS];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint32_t code[KW], sign[KW];
+                    const uint32_t at = kb + k_lane + (16 * tile + 8 * half) * (D / K::channels);    // the codes come first in a block
+                    load_bytes<K_BYTES, K8>(code, at);
+                    if constexpr (K::has_sign) load_bytes<K_BYTES, K8>(sign, at + KV_BLOCK * (D / K::channels));
+                    look_up<K::channels, K::has_sign, K_BYTES>(x[half], code, sign, k_table);
+                }
+#pragma unroll
+                for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+                const float2 f0 = load_shared<float2>(factor + 2 * tile * S::TOKENS), f1 = load_shared<float2>(factor + (2 * tile + 1) * S::TOKENS);
+                score[2 * tile] = fmaf(((float)(e[0] * 256 + e[1]) + unit.y) * unit.x, f0.x, mean_score[2 * tile] * f0.y);
+                score[2 * tile + 1] = fmaf(((float)(e[2] * 256 + e[3]) + unit.y) * unit.x, f1.x, mean_score[2 * tile + 1] * f1.y);
+            }
+            // softmax in base 2
+            float top = score[0];
+            for (int i = 1; i < 8; i++) top = fmaxf(top, score[i]);
+            if (__any_sync(~0u, top > m)) {
+                for (int o = 4; o < 32; o *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+                const float up = fmaxf(m, top), old = exp2_fast(m - up);
+                m = up, l *= old, w_sum *= old;
+                for (int c = 0; c < V_CHANNELS; c++) out[c] *= old;
+                for (int q = 0; q < QUERIES; q++) {
+                    const float f = __shfl_sync(~0u, old, q);
+                    for (int c = 0; c < C; c++) plain[q][c] *= f;
+                }
+            }
+            float weight[8], largest = 0, s1_sum = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float2 f = load_shared<float2>(factor + i * S::TOKENS + 8);
+                const float p = exp2_fast(score[i] - m);
+                l += p, s1_sum = fmaf(p, f.y, s1_sum);
+                weight[i] = p * f.x;
+                largest = fmaxf(largest, weight[i]);
+            }
+            for (int o = 4; o < 32; o *= 2) {
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+                s1_sum += __shfl_xor_sync(~0u, s1_sum, o);
+            }
+            const uint32_t exponent = max(__float_as_uint(largest) & 0x7f800000u, 40u << 23);    // of the unit 2^-14 of the largest
+            const float inverse = __uint_as_float((254u + 14 << 23) - exponent), w_unit = __uint_as_float(exponent - (14u << 23));
+            // 1.5 2^23 + w has w in its low bits
+            uint32_t w[8], total = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[i], inverse, 12582912.0f));
+            w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
+            const uint32_t bytes = z_at + (2 * t * 4 + g % 4) * 16 + g / 4 * 8;    // (8, 4): column, g % 4: 16 bytes of tokens; z is done with
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const uint32_t x = __byte_perm(w[4 * i], w[4 * i + 1], 0x5140), y = __byte_perm(w[4 * i + 2], w[4 * i + 3], 0x5140);
+                store_shared(bytes + 4 * i, __byte_perm(x, y, 0x7632));         // hi
+                store_shared(bytes + 64 + 4 * i, __byte_perm(x, y, 0x5410));    // lo
+            }
+            __syncwarp();
+            // values
+            const uint4 bw = load_shared<uint4>(z_at + lane * 16);
+            const uint32_t b[4] = {bw.x, bw.y, bw.z, bw.w};
+            uint32_t vc[16][VW], vs[16][VW];
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const uint32_t at = vb + v_lane + (8 * (i % 8) + i / 8 * 4) * (D / V::channels);
+                load_bytes<V_BYTES, V8>(vc[i], at);
+                if constexpr (V::has_sign) load_bytes<V_BYTES, V8>(vs[i], at + KV_BLOCK * (D / V::channels));
+            }
+#pragma unroll
+            for (int part8 = 0; part8 < V_CHANNELS / 8; part8++) {
+                int e[4][4] = {};
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    uint32_t y[2][8];    // [4 tokens][channel]: bytes of 4 tokens
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t x[4][V_CHANNELS / 4];
+#pragma unroll
+                        for (int i = 0; i < 4; i++) look_up<V::channels, V::has_sign, V_BYTES>(x[i], vc[8 * step + 4 * half + i], vs[8 * step + 4 * half + i], v_table);
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const int at = 2 * part8 + i;
+                            const uint32_t u0 = __byte_perm(x[0][at], x[1][at], 0x5140), u1 = __byte_perm(x[2][at], x[3][at], 0x5140);
+                            const uint32_t u2 = __byte_perm(x[0][at], x[1][at], 0x7362), u3 = __byte_perm(x[2][at], x[3][at], 0x7362);
+                            y[half][4 * i] = __byte_perm(u0, u1, 0x5410), y[half][4 * i + 1] = __byte_perm(u0, u1, 0x7632);
+                            y[half][4 * i + 2] = __byte_perm(u2, u3, 0x5410), y[half][4 * i + 3] = __byte_perm(u2, u3, 0x7632);
+                        }
+                    }
+#pragma unroll
+                    for (int c = 0; c < 4; c++) mma_s8_u8(e[c], {y[0][2 * c], y[0][2 * c + 1], y[1][2 * c], y[1][2 * c + 1]}, b[2 * step], b[2 * step + 1]);
+                }
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    out[8 * part8 + 2 * c] = fmaf((float)(e[c][0] * 256 + e[c][1]), w_unit, out[8 * part8 + 2 * c]);
+                    out[8 * part8 + 2 * c + 1] = fmaf((float)(e[c][2] * 256 + e[c][3]), w_unit, out[8 * part8 + 2 * c + 1]);
+                }
+            }
+            const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
+#pragma unroll
+            for (int q = 0; q < QUERIES; q++) {
+                const float sum = __shfl_sync(~0u, s1_sum, q);
+                for (int c = 0; c < C; c++) plain[q][c] = fmaf(sum, mean.x[c], plain[q][c]);
+            }
+            __syncwarp();
+        }
+
+        // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.
+        WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(mine);
+        for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
+#pragma unroll
+        for (int c = 0; c < V_CHANNELS; c++) out[c] += 0.5f * w_sum;
+#pragma unroll
+        for (int s = 1; s < V_CHANNELS; s *= 2)
+#pragma unroll
+            for (int c = 0; c < V_CHANNELS; c++)
+                if (!(c & s)) {
+                    const float x = out[c], y = out[c + s];
+                    out[c] = x + y, out[c + s] = x - y;
+                }
+#pragma unroll
+        for (int s = 4; s < 32; s *= 2)
+#pragma unroll
+            for (int c = 0; c < V_CHANNELS; c++) {
+                const float other = __shfl_xor_sync(~0u, out[c], s);
+                out[c] = lane & s ? other - out[c] : out[c] + other;
+            }
+        for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c] * rsqrtf((float)D);
+        __syncwarp();
+
+        // Exact tokens, then both together.
+        ExactTokens<D, QUERIES> tokens;
+        const int exact = n_blocks - coded, groups = (exact - 1) * GROUPS + pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
+        for (int i = part + (by_block ? warp * parts : 0); i < groups; i += parts * stride) {
+            const int e = i / GROUPS, block = e < kv.sink ? e : e + coded, t0 = i % GROUPS * GROUP, count = min(KV_BLOCK, pos + 1 - block * KV_BLOCK), own = pos - block * KV_BLOCK;
+            const int64_t rows = kv.exact_at(a.layer, slot, h, block), own_row = ((int64_t)n * kv.Hkv + h) * D;
+            tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own, count);
+            tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own, count);
+            tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
+            tokens.add_values(tokens.scores(kv.rope.step, t0, count));
+        }
+        float m_of[QUERIES], l_of[QUERIES];
+        tokens.totals(m_of, l_of);
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) {
+            const float m_coded = __shfl_sync(~0u, m, q), l_coded = __shfl_sync(~0u, l, q), both = fmaxf(m_of[q], m_coded);
+            const float exact_weight = merge_weight(m_of[q], both), coded_weight = merge_weight(m_coded, both);
+            m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
+            for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + (result.o[q][C * lane + c] + plain[q][c]) * coded_weight;
+        }
+        if (!by_block) {
+            finish_part<D, QUERIES>(a, first, n_queries, part, parts, m_of, l_of, tokens.o);
+            __syncwarp();    // result is read before the next part's blocks come
+            continue;
+        }
+        result.put(m_of, l_of, tokens.o);
+        __syncthreads();
+        merge_warps<D, QUERIES>(a, first, n_queries, part, parts, WARPS, [&](int w) -> const WarpResult<D, QUERIES> & { return *(const WarpResult<D, QUERIES> *)at_address(S::warp_at(w)); });
+        __syncthreads();
+    }
+}
+
+// Formats with codewords of `channels` channels.
+template <class Format, class = void> constexpr bool is_nsn = false;
+template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::channels)> = Format::has_code && Format::has_plain;
+
+bool decode_codes_fit() {
+    static const int most = [] {
+        int bytes = 0, device = 0;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+        return bytes;
+    }();
+    return most >= (int)(END - START);
+}
+
+template <class K, class V> static void launch_codes(DecodeArgs a) {
+    using S = Layout<K, V>;
+    static const cudaError_t allowed = cudaFuncSetAttribute(decode_codes_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
+    CUDA_CHECK(allowed);
+    const int heads = a.kv.Hkv * a.chunks, rows = a.b.N;
+    a.most_parts = std::min(a.room, std::max(1, a.kv.max_blocks / (rows <= FEW_ROWS ? 8 : 1)));
+    launch(decode_codes_kernel<K, V>, dim3((unsigned)std::min<int64_t>((int64_t)rows * heads * a.most_parts, sm_count)), 32 * S::WARPS, S::BYTES, a);
+}
+template <int D> static void with_formats(const DecodeArgs &a) {
+    with_format_at<D>(a.kv.k_format, [&](auto k) {
+        with_format_at<D>(a.kv.v_format, [&](auto v) {
+            using K = decltype(k);
+            using V = decltype(v);
+            if constexpr (is_nsn<K> && is_nsn<V>) launch_codes<K, V>(a);
+        });
+    });
+}
+void decode_codes(const DecodeArgs &a) { a.kv.d == 64 ? with_formats<64>(a) : with_formats<128>(a); }
+}    // namespace cuda
+#endif
