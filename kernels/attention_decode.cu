@@ -78,7 +78,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     const int warp = threadIdx.x / 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts;
     wait_for_inputs();
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-        const int part = task % a.most_parts, head = task / a.most_parts % heads, n = task / a.most_parts / heads, h = head / a.chunks;
+        const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = decode_parts(units, F16_WARPS, a.b.N, heads, F16_TEAMS);
         if (part >= parts) continue;
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);

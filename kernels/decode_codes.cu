@@ -28,7 +28,9 @@ constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1
 template <class K, class V> struct Layout {
     static constexpr int D = K::d;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
-    static constexpr int SLOT_K = (sizeof(typename K::Block) + 15) / 16 * 16, SLOT_V = (sizeof(typename V::Block) + 15) / 16 * 16, SLOT = SLOT_K + SLOT_V;
+    // A block and what is before it in its first 16 bytes.
+    static constexpr int span(int bytes) { return (bytes + (bytes % 16 ? 16 - (bytes & -bytes) : 0) + 15) / 16 * 16; }
+    static constexpr int SLOT_K = span(sizeof(typename K::Block)), SLOT_V = span(sizeof(typename V::Block)), SLOT = SLOT_K + SLOT_V;
     static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = KV_BLOCK * 16, Z = 8 * D / 2 * 4;
     static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + 4 * MEAN + 15) / 16 * 16;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
@@ -37,7 +39,7 @@ template <class K, class V> struct Layout {
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, QUERIES>) <= 2 * SLOT && E_BYTES / 128 + CODE_WARPS * FACTORS / 128 <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row.
-    static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, TOKENS = ALIKE ? 256 : 128;    // bytes from one fragment, or 8 tokens, to the next
+    static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
     __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
     __device__ static uint32_t means(int w) { return warp_at(w) + WARP - 4 * MEAN; }
@@ -77,9 +79,13 @@ template <class T> __device__ inline T load_shared(uint32_t at) {
     return x;
 }
 __device__ inline void store_shared(uint32_t at, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
-__device__ inline void store_shared(uint32_t at, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
+template <int N> struct Words { uint32_t x[N]; };
+template <int N> __device__ inline void store_shared(uint32_t at, const Words<N> &w) {
+    if constexpr (N == 1) store_shared(at, w.x[0]);
+    if constexpr (N == 2) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]) : "memory");
+    if constexpr (N == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
 }
+__device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
 template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from) {
     if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
@@ -181,7 +187,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     const uint32_t mine = S::warp_at(warp);
     const uint32_t z_at = mine + 2 * S::SLOT;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = z_at + PAIRS * lane * 4, z_store_odd = z_at + (PAIRS * lane ^ 16) * 4, z_load = z_at + g * (D / 2) * 4, z_swap = g % 2 * 64;    // odd columns swapped, so that neighbours lie in different banks
-    const uint32_t factors = S::factors(warp), factor = factors + g * 16;    // of 64 tokens: k: s1 s2 delta, s1; v: s1 s2 delta, s1
+    const uint32_t factors = S::factors(warp);                               // of 64 tokens: keys' s1 s2 delta, s1; then values'
+    auto factor = [&](bool key, int i) { return load_shared<float2>(factors + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64 + 8 * g); };    // of token 8 i + g
     const uint32_t E = S::E(lane), means = S::means(warp);
     const uint32_t k_lane = g * (D / K::channels) + K_BYTES * t, v_lane = t * (D / V::channels) + V_BYTES * g;    // of the codes
 
@@ -191,7 +198,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     for (int i = threadIdx.x; i < 4 * (D / 16) * 32; i += 32 * WARPS) {
         const int l = i % 32, step = i / 32 % (D / 16), tile = i / 32 / (D / 16), pair = step / 2 * 16 + l % 4 * 4 + step % 2 * 2;
         auto cos_sin = [&](int row, int j) { return pack(kv.rope.step[(16 * tile + row) * D + j], kv.rope.step[(16 * tile + row) * D + D / 2 + j]); };
-        store_shared(S::E(l) + i / 32 * S::FRAGMENT, cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1));
+        store_shared(S::E(l) + i / 32 * S::FRAGMENT, Words<4>{{cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1)}});
     }
     __syncthreads();
     wait_for_inputs();
@@ -200,7 +207,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);
 
     for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
-        const int part = task % a.most_parts, head = task / a.most_parts % heads, n = task / a.most_parts / heads, h = head / a.chunks;
+        const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded_end = min(kv.coded_end(pos), n_blocks), coded = max(0, coded_end - kv.sink);
         const int parts = decode_parts(coded, by_block ? 8 : 1, a.b.N, heads, codes_teams(a.b.N));
         if (part >= parts) continue;
@@ -211,7 +218,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
 
         uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
         for (int i = 0; i < 2 * STEPS; i++) bq[i] = g / 2 < n_queries ? *(const uint32_t *)(a.q_code + ((first + g / 2) * 2 + g % 2) * D + D / 4 * t + 4 * i) : 0;
-        const float2 unit = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
+        const float2 unit_sum = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
+        const float unit = unit_sum.x;
+        const int half_sum = (int)unit_sum.y;                      // less than a unit is lost
         float qs[QUERIES][2 * PAIRS];                              // pairs PAIRS lane ..
         for (int q = 0; q < QUERIES; q++)
             for (int p = 0; p < PAIRS; p++) {
@@ -222,25 +231,24 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
 
         // Block number j of the warp: its bytes go to slot j % 2 from the 16-byte boundary before them, those of mean j + 2 come along.
         uint32_t k_at = 0, v_at = 0;    // of the block that comes
-        auto load_mean = [&](int j) {
-            if (j < mine_n && lane < S::MEAN / 4)
-                copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_block(a.layer, slot, h, begin + j * stride) + offsetof(KB, mean) + 4 * lane);
+        auto number = [&](int j) { return kv.sealed_at(a.layer, slot, h, begin + min(j, mine_n - 1) * stride); };
+        auto load_mean = [&](int j, int64_t block) {
+            if (j < mine_n && lane < S::MEAN / 4) copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_sealed + block * kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
         };
-        auto load = [&](int j) {
+        auto copy = [&](uint32_t to, auto span, const uint8_t *from, int bytes) {    // says where `from` is
+            const uint32_t before = (uint32_t)(uintptr_t)from & 15, end = before + bytes;
+#pragma unroll
+            for (uint32_t at = 0; at < (uint32_t)decltype(span)::value; at += 512)
+                if (at + 16 * lane < end) copy_async<16>(to + at + 16 * lane, from - before + at + 16 * lane);
+            return to + before;
+        };
+        auto load = [&](int j, int64_t block, int64_t block2) {
             if (j < mine_n) {
-                const int64_t index = kv.sealed_at(a.layer, slot, h, begin + j * stride);
-                const uint8_t *k = kv.k_sealed + index * kv.k_block_bytes, *v = kv.v_sealed + index * kv.v_block_bytes;
                 const uint32_t to = mine + j % 2 * S::SLOT;
-                k_at = to + (uint32_t)((uintptr_t)k & 15), v_at = to + S::SLOT_K + (uint32_t)((uintptr_t)v & 15);
-                k -= (uintptr_t)k & 15, v -= (uintptr_t)v & 15;
-#pragma unroll
-                for (int at = 0; at < S::SLOT_K; at += 512)
-                    if (at + 16 * lane < S::SLOT_K) copy_async<16>(to + at + 16 * lane, k + at + 16 * lane);
-#pragma unroll
-                for (int at = 0; at < S::SLOT_V; at += 512)
-                    if (at + 16 * lane < S::SLOT_V) copy_async<16>(to + S::SLOT_K + at + 16 * lane, v + at + 16 * lane);
+                k_at = copy(to, std::integral_constant<int, S::SLOT_K>(), kv.k_sealed + block * kv.k_block_bytes, sizeof(KB));
+                v_at = copy(to + S::SLOT_K, std::integral_constant<int, S::SLOT_V>(), kv.v_sealed + block * kv.v_block_bytes, sizeof(VB));
             }
-            load_mean(j + 2);
+            load_mean(j + 2, block2);
             asm volatile("cp.async.commit_group;" ::: "memory");
         };
         Floats<PAIRS> base[2][2];                                  // cosines, sines at the start of the next two blocks
@@ -250,13 +258,19 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                 base[i][0] = *(const Floats<PAIRS> *)from, base[i][1] = *(const Floats<PAIRS> *)(from + D / 2);
             }
         };
-        if (mine_n > 0) load_mean(0), load_mean(1), load(0), load_base(0);
+        int64_t next[3] = {};                                      // where blocks j + 1 .. j + 3 are
+        if (mine_n > 0) {
+            const int64_t block = number(0);
+            for (int i = 0; i < 3; i++) next[i] = number(i + 1);
+            load_mean(0, block), load_mean(1, next[0]), load(0, block, next[1]), load_base(0);
+        }
         float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
 
 #pragma unroll 1
         for (int j = 0; j < mine_n; j++) {
             const uint32_t kb = k_at, vb = v_at;
-            load(j + 1);
+            load(j + 1, next[0], next[2]);
+            next[0] = next[1], next[1] = next[2], next[2] = number(j + 4);
             asm volatile("cp.async.wait_group 1;" ::: "memory");
             __syncwarp();
             if (j % 2 == 0) {    // means of this block and the next
@@ -271,15 +285,17 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                         ml.x[p] = lo.x[p] * c - hi.x[p] * sn, mh.x[p] = lo.x[p] * sn + hi.x[p] * c;
                     }
 #pragma unroll
-                    for (int q = 0; q < QUERIES; q++)
+                    for (int q = 0; q < QUERIES; q++) {
+                        Words<PAIRS> high, low;
 #pragma unroll
                         for (int p = 0; p < PAIRS; p++) {
                             const float x = qs[q][p] * ml.x[p] + qs[q][PAIRS + p] * mh.x[p], y = qs[q][PAIRS + p] * ml.x[p] - qs[q][p] * mh.x[p];
-                            const uint32_t high = pack(x, y);
-                            const float2 kept = unpack(high);
-                            store_shared(z_store + (2 * q * (D / 2) + p) * 4, high);
-                            store_shared(z_store_odd + ((2 * q + 1) * (D / 2) + p) * 4, pack(x - kept.x, y - kept.y));
+                            high.x[p] = pack(x, y);
+                            const float2 kept = unpack(high.x[p]);
+                            low.x[p] = pack(x - kept.x, y - kept.y);
                         }
+                        store_shared(z_store + 2 * q * (D / 2) * 4, high), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, low);
+                    }
                     __syncwarp();
 #pragma unroll
                     for (int k = 0; k < D / 32; k++) {
@@ -308,17 +324,16 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
-                auto put = [&](uint32_t at, float a, float b, float c, float d) { store_shared(at, __float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)); };
-                const uint32_t to = factors + lane / 4 * S::TOKENS + lane % 4 * 32;
-                put(to, k1.x * k2.x * K::delta, k1.x, v1.x * v2.x * V::delta, v1.x);
-                put(to + 16, k1.y * k2.y * K::delta, k1.y, v1.y * v2.y * V::delta, v1.y);
+                const uint32_t to = factors + lane / 8 * S::ROW + lane % 8 * 16;
+                store_shared(to, words(k1.x * k2.x * K::delta, k1.x, k1.y * k2.y * K::delta, k1.y));
+                store_shared(to + 4 * S::ROW, words(v1.x * v2.x * V::delta, v1.x, v1.y * v2.y * V::delta, v1.y));
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
             float score[8];
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
-                int e[4] = {};
+                int e[4] = {0, half_sum, 0, half_sum};
                 uint32_t x[2][2 * STEPS];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -330,9 +345,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                 }
 #pragma unroll
                 for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
-                const float2 f0 = load_shared<float2>(factor + 2 * tile * S::TOKENS), f1 = load_shared<float2>(factor + (2 * tile + 1) * S::TOKENS);
-                score[2 * tile] = fmaf(((float)(e[0] * 256 + e[1]) + unit.y) * unit.x, f0.x, mean_score[2 * tile] * f0.y);
-                score[2 * tile + 1] = fmaf(((float)(e[2] * 256 + e[3]) + unit.y) * unit.x, f1.x, mean_score[2 * tile + 1] * f1.y);
+                const float2 f0 = factor(true, 2 * tile), f1 = factor(true, 2 * tile + 1);
+                score[2 * tile] = fmaf((float)(e[0] * 256 + e[1]) * unit, f0.x, mean_score[2 * tile] * f0.y);
+                score[2 * tile + 1] = fmaf((float)(e[2] * 256 + e[3]) * unit, f1.x, mean_score[2 * tile + 1] * f1.y);
             }
             // softmax in base 2
             float top = score[0];
@@ -350,7 +365,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
             float weight[8], largest = 0, s1_sum = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const float2 f = load_shared<float2>(factor + i * S::TOKENS + 8);
+                const float2 f = factor(false, i);
                 const float p = exp2_fast(score[i] - m);
                 l += p, s1_sum = fmaf(p, f.y, s1_sum);
                 weight[i] = p * f.x;
@@ -367,16 +382,19 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
 #pragma unroll
             for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[i], inverse, 12582912.0f));
             w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
-            const uint32_t bytes = z_at + (2 * t * 4 + g % 4) * 16 + g / 4 * 8;    // (8, 4): column, g % 4: 16 bytes of tokens; z is done with
+            // Column 2 t, 2 t + 1: 64 bytes each, g % 4: 16 bytes of tokens; z is done with.  Every other pair of columns is swapped,
+            // so that four lanes' bytes lie in different banks.
+            const uint32_t bytes = z_at + t * 128 + g % 4 * 16 + g / 4 * 8, swap = t % 2 * 64;
+            Words<2> hi, lo;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t x = __byte_perm(w[4 * i], w[4 * i + 1], 0x5140), y = __byte_perm(w[4 * i + 2], w[4 * i + 3], 0x5140);
-                store_shared(bytes + 4 * i, __byte_perm(x, y, 0x7632));         // hi
-                store_shared(bytes + 64 + 4 * i, __byte_perm(x, y, 0x5410));    // lo
+                hi.x[i] = __byte_perm(x, y, 0x7632), lo.x[i] = __byte_perm(x, y, 0x5410);
             }
+            store_shared(bytes + swap, hi), store_shared(bytes + (swap ^ 64), lo);
             __syncwarp();
             // values
-            const uint4 bw = load_shared<uint4>(z_at + lane * 16);
+            const uint4 bw = load_shared<uint4>(z_at + (lane * 16 ^ g / 2 % 2 * 64));
             const uint32_t b[4] = {bw.x, bw.y, bw.z, bw.w};
             uint32_t vc[16][VW], vs[16][VW];
 #pragma unroll
