@@ -14,7 +14,7 @@
    Memory    What the formula costs is 2 bytes a weight; what a launch costs beside is the time in which nobody has asked for
              weights.  So a thread block starts while the kernel before it is at work, fills its ring and asks for the PREFETCH
              pieces behind it to come to L2, all before it waits for x; keeps that lead to its end; and lets the next kernel start
-             when all its own weights are asked for, while those PREFETCH pieces are still to be multiplied.
+             when all its own weights are asked for, HANDOVER pieces before it is done.
    Limits    N <= 8; weights and rows of x aligned to 16 bytes where in is a multiple of 8; f16: |g x| < 2^20.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
@@ -37,6 +37,7 @@ constexpr int STAGES = 3;                      // of the ring: all but one are o
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
 constexpr int PREFETCH = 4;                    // pieces on their way to L2: 17 MB of an H100's 50, next to the next kernel's as many
+constexpr int HANDOVER = STAGES - 1 + PREFETCH;    // pieces before its end at which a thread block lets the next kernel start: all are asked for
 constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
 constexpr int ROUND_SUMS = MMA_ROWS * GEMV_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
             }
             load((stage + STAGES - 1) % STAGES);
             if (piece % MMA_WARPS == warp) prefetch(piece + STAGES - 1 + PREFETCH);
-            if (piece + STAGES - 1 + PREFETCH >= pieces - 1) let_next_start();
+            if (piece + HANDOVER >= pieces - 1) let_next_start();
             // 16 squares in f32, the rest in f64: off by 2^-20 of the sum at worst, 2^-21 of s
             if (NORM && tile == begin) square += add_squares(xs[3], add_squares(xs[2], add_squares(xs[1], add_squares(xs[0], 0))));
             unsigned high[8], low[8];    // [block of 32 inputs][pair]
@@ -167,12 +168,12 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
         float *const to = p.result_of(p.row_of<MMA_ROWS>(tile - at + of, r), n);
         const float old = p.add && stores ? *to : 0.0f;    // asked for before the others are here
         __syncthreads();    // the other half of parts keeps the next round from the readers of this one
-        if (!stores) continue;
         if (NORM && tile - at == begin) {
             double sum = 0;
             for (int j = 0; j < MMA_WARPS; j++) sum += squares[j][n];
             scale = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
+        if (!stores) continue;
         float sum = 0, up = 0;
         for (int j = 0; j < MMA_WARPS; j++) {
             sum += part[((of * MMA_WARPS + j) * MMA_ROWS + r) * N + n];

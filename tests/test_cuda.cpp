@@ -126,9 +126,11 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
     for (DType type : DTYPES)
         for (DType up_type : {type, DType::f32})
             for (int in : {7, 8, 40, 288, 1032, 4096, 14336})
-                for (int out : {1, 3, 6, 33, 100})
+                for (int out : {1, 3, 6, 33, 100, 4400, 9000})
                     for (int N : {1, 3, 8, 9}) {
-                        if (in > 2000 && (out % 33 || up_type != type)) continue;    // the time it takes
+                        if (in > 2000 && (out != 33 || up_type != type)) continue;    // the time it takes
+                        // thread blocks of several tiles, and of more than are added up at a time
+                        if ((out == 4400 && !(in == 1032 && type == DType::f16)) || (out == 9000 && in != 40)) continue;
                         INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type, " ", (int)up_type);
                         const int kv_out = out / 2 + 1;
                         const float eps = 1e-5f;
