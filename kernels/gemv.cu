@@ -44,8 +44,8 @@ static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
 // Two numbers as high and low halves:
 //   x = 16 (high + low / 2048)      both f16: 22 bits of x from 2^20 down to 2^-10, and 2^-32 below
-// That serves x that is not normalised yet: what is lost is 2^-22 of each |x| or 2^-32, and s <= 1 / sqrt(eps), 316 for eps =
-// 1e-5, makes of the latter 2^-23 at most where the largest normalised values are 1 and more.
+// x that is to be normalised may have any size in between: s g x is off by 2^-22 of itself or by s 2^-32, and s is at most
+// 1 / rms(x), so the latter is 2^-22 of the mean normalised value or less as long as rms(x) >= 2^-10.
 __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float x1) {
     x0 *= 0.0625f, x1 *= 0.0625f;
     const __half2 h = __floats2half2_rn(x0, x1);
@@ -173,14 +173,15 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
             for (int j = 0; j < MMA_WARPS; j++) sum += squares[j][n];
             scale = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
-        if (!stores) continue;
-        float sum = 0, up = 0;
-        for (int j = 0; j < MMA_WARPS; j++) {
-            sum += part[((of * MMA_WARPS + j) * MMA_ROWS + r) * N + n];
-            if (p.gated) up += part[((of * MMA_WARPS + j) * MMA_ROWS + r + 8) * N + n];
+        if (stores) {
+            float sum = 0, up = 0;
+            for (int j = 0; j < MMA_WARPS; j++) {
+                sum += part[((of * MMA_WARPS + j) * MMA_ROWS + r) * N + n];
+                if (p.gated) up += part[((of * MMA_WARPS + j) * MMA_ROWS + r + 8) * N + n];
+            }
+            if (NORM) sum *= scale, up *= scale;
+            *to = p.gated ? silu(sum) * up : old + sum;
         }
-        if (NORM) sum *= scale, up *= scale;
-        *to = p.gated ? silu(sum) * up : old + sum;
     }
 }
 
