@@ -31,7 +31,8 @@ template <int D> __global__ void __launch_bounds__(32 * ROW_WARPS) decode_rows_k
     constexpr int C = D / 32;
     const KvView &kv = a.kv;
     const int lane = threadIdx.x % 32, heads = a.Hq + (f.fresh ? kv.Hkv : 0), item = blockIdx.x * ROW_WARPS + threadIdx.x / 32;
-    wait_for_inputs();
+    let_next_start();
+    wait_for_kernels_before();
     if (item >= a.b.N * heads) return;
     const int n = item / heads, h = item % heads, pos = a.b.pos[n];
     if (h >= a.Hq) {
@@ -76,7 +77,8 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     __shared__ WarpResult<D, Q> results[F16_WARPS];
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts;
-    wait_for_inputs();
+    let_next_start();
+    wait_for_kernels_before();
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = decode_parts(units, F16_WARPS, a.b.N, heads, F16_TEAMS);

@@ -201,7 +201,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         store_shared(S::E(l) + i / 32 * S::FRAGMENT, Words<4>{{cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1)}});
     }
     __syncthreads();
-    wait_for_inputs();
+    let_next_start();
+    wait_for_kernels_before();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
     const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);

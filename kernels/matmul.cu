@@ -2,8 +2,8 @@
 
    matmul       y[n,o]  = sum_i x[n,i] W[o,i]        y (N,out), x (N,in) f32;  W (out,in) f32, f16 or bf16, row-major
    matmul_add   y[n,o] += sum_i x[n,i] W[o,i]        the residual stream
-   qkv          q, k, v = three products of one x
-   gated        gate = silu(x Wgate^T) * (x Wup^T)   swiglu.cu has the formula's source
+   qkv          q, k, v = three products of n = rmsnorm(x)
+   gated        gate = silu(n Wgate^T) * (n Wup^T)   rmsnorm.cu and swiglu.cu have the formulas' sources
 
    Math      On the CPU every y[n,o] is one sum of 16 lanes: lane j adds the products of i = j, j + 16, ... in order, then
              the lanes are added in a fixed tree (dot.h).  Few rows and many rows use the same order, so a row's result does
@@ -11,16 +11,17 @@
    Cost      Few rows: each weight is read once, 2 N flops for its 2 or 4 bytes; memory speed is the limit.
              Llama-3-8B in bf16 is 16.1 GB a step.  Many rows: 2 N in out flops; a tile of W is widened to f32 once and
              used by all rows, four rows times four outputs a turn (8 loads for 16 multiply-adds).
-   On CUDA   Up to GEMV_ROWS rows: a kernel of ours at memory speed, f32 activations, one order of addition for any number
-             of rows; products of one x are one launch, and what is done with a result (add, gate) happens where it is.
+   On CUDA   Up to GEMV_ROWS rows: kernels of ours at memory speed (gemv.cu), f32 activations, one order of addition for any
+             number of rows; products of one x are one launch, and what is done with x (norm) and with a result (add, gate)
+             happens where it is.
              More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
              split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
              wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the
              shape, so there, and only there, a row's last bits depend on the number of rows.
              Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
              the PPL of books-5m moves by 0.037%; with two by 0.0005%.
-   Limits    in, out, N >= 1; any alignment on the CPU, weights and rows of x aligned to 16 bytes on CUDA where in is a
-             multiple of 8.  Many rows with f16 weights on CUDA: |x| < 65,520.
+   Limits    in, out, N >= 1; any alignment on the CPU, weights and rows of x (and of norms) aligned to 16 bytes on CUDA where in
+             is a multiple of 8.  With f16 weights on CUDA many rows need |x| < 65,520, few rows what gemv.cu says.
    Tested by tests/test_ops.cpp, tests/test_cuda.cpp            Timed by ./run model.bin --bench                     */
 #include <algorithm>
 #include <vector>
@@ -99,14 +100,16 @@ void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out) {
     matmul(product.data(), x, W, N, in, out);
     for (int64_t i = 0; i < n; i++) y[i] += product[i];
 }
-void qkv(float *q, float *k, float *v, const float *x, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
-    matmul(q, x, Wq, N, in, q_out);
-    matmul(k, x, Wk, N, in, kv_out);
-    matmul(v, x, Wv, N, in, kv_out);
+void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
+    rmsnorm(xn, x, norm.weight, norm.eps, N, in);
+    matmul(q, xn, Wq, N, in, q_out);
+    matmul(k, xn, Wk, N, in, kv_out);
+    matmul(v, xn, Wv, N, in, kv_out);
 }
-void gated(float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int N, int in, int out) {
-    matmul(gate, x, Wgate, N, in, out);
-    matmul(up, x, Wup, N, in, out);
+void gated(float *gate, float *up, float *xn, const float *x, Norm norm, Matrix Wgate, Matrix Wup, int N, int in, int out) {
+    rmsnorm(xn, x, norm.weight, norm.eps, N, in);
+    matmul(gate, xn, Wgate, N, in, out);
+    matmul(up, xn, Wup, N, in, out);
     swiglu(gate, up, (int64_t)N * out);
 }
 }    // namespace cpu
@@ -114,290 +117,8 @@ void gated(float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int
 // ---- CUDA -------------------------------------------------------------------------------------------------
 #else
 #include <cublas_v2.h>
-#include <cuda_pipeline.h>
-#include "cuda.cuh"
+#include "gemv.cuh"
 namespace cuda {
-
-constexpr int GEMV_ROWS = 8;     // up to here weights are read once by our own kernel, activations stay f32
-constexpr int GEMV_WARPS = 4;    // of a thread block; each has rows of W of its own and meets no other
-constexpr int CHUNK = 8;         // neighbouring inputs of a lane: 16 bytes of f16 or bf16
-constexpr int TURN = 32 * CHUNK; // inputs that a warp takes at a time
-constexpr int MAX_PRODUCTS = 3;
-
-// What a launch multiplies x with: matrices one after the other, outputs counted through.
-struct Products {
-    const void *W[MAX_PRODUCTS];
-    float *y[MAX_PRODUCTS];
-    int out[MAX_PRODUCTS];
-    int outs;                    // of the launch: their sum; for gated, of one of the two
-    bool add, gated;
-    // Output o: which matrix (o becomes its row), its weights, and where row n's result goes.  gated names the matrix.
-    __device__ int matrix_of(int &o) const {
-        int m = 0;
-        while (m + 1 < MAX_PRODUCTS && o >= out[m]) o -= out[m++];
-        return m;
-    }
-    __device__ const void *row_of(int m, int o, int in) const {    // of f16
-        if (m < 0) m = matrix_of(o);
-        return (const f16 *)W[m] + (int64_t)o * in;
-    }
-    __device__ void store(float value, int o, int n) const {
-        const int m = gated ? 0 : matrix_of(o);
-        float *to = y[m] + (int64_t)n * out[m] + o;
-        *to = add ? *to + value : value;
-    }
-};
-
-// Eight weights as they lie, and as f32.
-struct Raw32 { float4 a, b; };
-__device__ inline Raw32 load8(const float *p) { return {__ldcs((const float4 *)p), __ldcs((const float4 *)p + 1)}; }
-__device__ inline uint4 load8(const f16 *p) { return __ldcs((const uint4 *)p); }
-__device__ inline uint4 load8(const bf16 *p) { return __ldcs((const uint4 *)p); }
-__device__ inline void widen8(float (&w)[CHUNK], Raw32 r, float) {
-    w[0] = r.a.x, w[1] = r.a.y, w[2] = r.a.z, w[3] = r.a.w, w[4] = r.b.x, w[5] = r.b.y, w[6] = r.b.z, w[7] = r.b.w;
-}
-__device__ inline void widen8(float (&w)[CHUNK], uint4 u, f16) {
-    const unsigned word[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        __half2 h;
-        memcpy(&h, &word[i], 4);
-        const float2 f = __half22float2(h);
-        w[2 * i] = f.x, w[2 * i + 1] = f.y;
-    }
-}
-__device__ inline void widen8(float (&w)[CHUNK], uint4 u, bf16) {
-    const unsigned word[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[2 * i] = __uint_as_float(word[i] << 16), w[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-}
-
-// A warp computes ROWS outputs of all N <= R rows of x.  Lane t adds the products of inputs 8 t .. 8 t + 7, then of those 256
-// further, and so on; lanes are added in a fixed tree.  Neither R, nor N, nor the row's place enters a sum.
-// The first weights are asked for before the kernel that makes x is done.
-template <int R, class T, bool VECTOR>
-__global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_kernel(Products g, const float *x, int N, int in) {
-    constexpr int ROWS = R <= 2 ? 2 : 4, AHEAD = R <= 2 ? 4 : 2;    // ROWS * AHEAD loads of 16 bytes in flight a lane
-    const int lane = threadIdx.x % 32, first = (blockIdx.x * GEMV_WARPS + threadIdx.x / 32) * (g.gated ? ROWS / 2 : ROWS);
-    if (first >= g.outs) return;
-    const T *w[ROWS];
-    float *y[ROWS];
-    int stride[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        int o = g.gated ? first + r % (ROWS / 2) : first + r, m = 0;
-        o = min(o, g.outs - 1);
-        if (g.gated) m = r / (ROWS / 2);
-        else
-            while (o >= g.out[m]) o -= g.out[m++];
-        w[r] = (const T *)g.W[m] + (int64_t)o * in;
-        y[r] = g.y[m] + o;
-        stride[r] = g.out[m];
-    }
-    float sum[ROWS][R] = {};
-    if constexpr (VECTOR) {
-        decltype(load8(w[0])) raw[AHEAD][ROWS];
-        auto load = [&](int k0) {
-#pragma unroll
-            for (int a = 0; a < AHEAD; a++)
-#pragma unroll
-                for (int r = 0; r < ROWS; r++)
-                    if (k0 + a * TURN < in) raw[a][r] = load8(w[r] + k0 + a * TURN);
-        };
-        load(lane * CHUNK);
-        wait_for_inputs();
-        for (int k0 = lane * CHUNK; k0 < in; k0 += AHEAD * TURN) {
-            if (k0 >= AHEAD * TURN) load(k0);
-#pragma unroll
-            for (int a = 0; a < AHEAD; a++) {
-                const int k = k0 + a * TURN;
-                if (k >= in) break;
-                float wide[ROWS][CHUNK];
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) widen8(wide[r], raw[a][r], T());
-#pragma unroll
-                for (int n = 0; n < R; n++) {
-                    const float4 *xn = (const float4 *)(x + (int64_t)min(n, N - 1) * in + k);
-                    const float4 lo = xn[0], hi = xn[1];
-                    const float xs[CHUNK] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-                        for (int i = 0; i < CHUNK; i++) sum[r][n] = fmaf(xs[i], wide[r][i], sum[r][n]);
-                }
-            }
-        }
-    } else {
-        wait_for_inputs();
-        for (int k0 = lane * CHUNK; k0 < in; k0 += TURN)
-#pragma unroll
-            for (int n = 0; n < R; n++)
-#pragma unroll
-                for (int r = 0; r < ROWS; r++)
-                    for (int k = k0; k < min(k0 + CHUNK, in); k++) sum[r][n] = fmaf(x[(int64_t)min(n, N - 1) * in + k], to_f32(w[r][k]), sum[r][n]);
-    }
-
-    // Lane n ROWS + r keeps output r of row n.
-    float mine = 0;
-#pragma unroll
-    for (int n = 0; n < R; n++)
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float s = warp_sum(sum[r][n]);
-            if (lane == n * ROWS + r) mine = s;
-        }
-    const float up = __shfl_down_sync(~0u, mine, ROWS / 2);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const int n = lane / ROWS;
-        if (lane % ROWS != r || n >= min(N, R)) continue;
-        if (g.gated ? r >= ROWS / 2 || first + r >= g.outs : first + r >= g.outs) continue;
-        float *to = y[r] + (int64_t)n * stride[r];
-        *to = g.gated ? silu(mine) * up : g.add ? *to + mine : mine;
-    }
-}
-
-// ---- few rows, f16 weights: tensor cores --------------------------------------------------------------------
-// mma m16n8k16 multiplies 16 rows of W with 8 columns, the rows of x.  A lane (g = lane / 4, t = lane % 4) gives it W[g] and
-// W[g + 8] at two pairs of inputs and x[g] at the same; which inputs is free as long as both agree.  So a lane takes 16 bytes
-// of two rows of W, inputs 8 t .. 8 t + 7 of a block of 32, and those of x[g]: two mma.
-//
-//   x = 16 (high + low / 2048)      both f16: 22 bits of x down to 2^-32, |x| up to 2^20
-//
-// A thread block owns tiles of 16 outputs (gated: 8 of gate, 8 of up) and shares their inputs among its warps, which add up in
-// order at the end of a tile.  Nothing in a column's sum depends on the others.  Weights go through a ring in shared memory, each lane
-// its own; the first are asked for before the kernel that makes x is done.
-// Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
-// Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
-constexpr int MMA_WARPS = 16;
-constexpr int STAGES = 3;                      // of the ring: all but one are on their way while one is in work
-constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
-constexpr int TILE_INPUTS = STAGE_INPUTS * MMA_WARPS;
-constexpr int PART_FLOATS = MMA_WARPS * 16 * 8;    // of a round: a tile of 8 rows, or eight of one
-constexpr int MMA_RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
-
-__device__ inline void mma_f16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-// Two numbers as high and low halves.
-__device__ inline void split_f16(uint32_t &high, uint32_t &low, float x0, float x1) {
-    x0 *= 0.0625f, x1 *= 0.0625f;
-    const __half2 h = __floats2half2_rn(x0, x1);
-    const float2 back = __half22float2(h);
-    const __half2 l = __floats2half2_rn((x0 - back.x) * 2048.0f, (x1 - back.y) * 2048.0f);
-    memcpy(&high, &h, 4), memcpy(&low, &l, 4);
-}
-
-__global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(Products p, const float *x, int N, int in) {
-    extern __shared__ uint4 ring[];                                   // [warp][stage][load][lane]
-    __shared__ float parts[2][PART_FLOATS];                           // [tile of the round][warp][output][row of x]
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int tile_outs = p.gated ? 8 : 16, tiles = (p.outs + tile_outs - 1) / tile_outs, steps = (in + TILE_INPUTS - 1) / TILE_INPUTS;
-    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    uint4 *const mine = ring + warp * STAGES * 4 * 32 + lane;
-    const int first_input = warp * STAGE_INPUTS + 8 * t;
-
-    const f16 *w[2];
-    int load_tile = begin, load_step = 0;
-    auto load = [&](int stage) {    // the next stage of weights, if there is one
-        if (load_tile < end) {
-            if (load_step == 0)
-                for (int i = 0; i < 2; i++) {
-                    const int o = load_tile * tile_outs + (p.gated ? g : g + 8 * i);
-                    w[i] = (const f16 *)p.row_of(p.gated ? i : -1, min(o, p.outs - 1), in);
-                }
-#pragma unroll
-            for (int i = 0; i < 4; i++) {    // [block of 32 inputs][row g or g + 8]
-                const int k = load_step * TILE_INPUTS + first_input + i / 2 * 32;
-                if (k < in) __pipeline_memcpy_async(mine + (stage * 4 + i) * 32, w[i % 2] + k, 16);
-            }
-            if (++load_step == steps) load_step = 0, load_tile++;
-        }
-        __pipeline_commit();
-    };
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) load(s);
-    wait_for_inputs();
-
-    const float *xg = x + (int64_t)min(g, N - 1) * in;
-    float4 xs[4];    // of the step in work, and then of the next
-    auto load_x = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int k = step * TILE_INPUTS + first_input + i / 2 * 32;
-            xs[i] = g < N && k < in ? ((const float4 *)(xg + k))[i % 2] : make_float4(0, 0, 0, 0);
-        }
-    };
-    if (begin < end) load_x(0);
-    const int round = PART_FLOATS / (MMA_WARPS * 16 * N);
-    int stage = 0;
-    for (int tile = begin; tile < end; tile++) {
-        float high_sum[4] = {}, low_sum[4] = {};
-        for (int step = 0; step < steps; step++) {
-            uint32_t high[8], low[8];    // [block of 32 inputs][pair]
-#pragma unroll
-            for (int i = 0; i < 4; i++) split_f16(high[2 * i], low[2 * i], xs[i].x, xs[i].y), split_f16(high[2 * i + 1], low[2 * i + 1], xs[i].z, xs[i].w);
-            load_x(step + 1 < steps ? step + 1 : 0);
-            load((stage + STAGES - 1) % STAGES);
-            __pipeline_wait_prior(STAGES - 1);
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const bool inside = step * TILE_INPUTS + first_input + b * 32 < in;
-                const uint4 zero = make_uint4(0, 0, 0, 0), r0 = inside ? mine[(stage * 4 + 2 * b) * 32] : zero, r1 = inside ? mine[(stage * 4 + 2 * b + 1) * 32] : zero;
-                mma_f16(high_sum, r0.x, r1.x, r0.y, r1.y, high[4 * b], high[4 * b + 1]);
-                mma_f16(low_sum, r0.x, r1.x, r0.y, r1.y, low[4 * b], low[4 * b + 1]);
-                mma_f16(high_sum, r0.z, r1.z, r0.w, r1.w, high[4 * b + 2], high[4 * b + 3]);
-                mma_f16(low_sum, r0.z, r1.z, r0.w, r1.w, low[4 * b + 2], low[4 * b + 3]);
-            }
-            stage = (stage + 1) % STAGES;
-        }
-        // Warps meet once a round of tiles, so that loads go on meanwhile.
-        const int at = (tile - begin) % round;
-        float *part = parts[(tile - begin) / round % 2];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (2 * t + i % 2 < N) part[((at * MMA_WARPS + warp) * 16 + g + i / 2 * 8) * N + 2 * t + i % 2] = fmaf(low_sum[i], 1.0f / 2048, high_sum[i]) * 16.0f;
-        if (at + 1 < round && tile + 1 < end) continue;
-        __syncthreads();    // the other half of parts keeps the next round from the readers of this one
-        for (int i = threadIdx.x; i < (at + 1) * tile_outs * N; i += 32 * MMA_WARPS) {
-            const int n = i % N, r = i / N % tile_outs, of = i / N / tile_outs, o = (tile - at + of) * tile_outs + r;
-            if (o >= p.outs) continue;
-            float s = 0, up = 0;
-            for (int j = 0; j < MMA_WARPS; j++) {
-                s += part[((of * MMA_WARPS + j) * 16 + r) * N + n];
-                if (p.gated) up += part[((of * MMA_WARPS + j) * 16 + r + 8) * N + n];
-            }
-            p.store(p.gated ? silu(s) * up : s, o, n);
-        }
-    }
-}
-
-template <int R, class T> static void gemv_of(const Products &g, const float *x, int N, int in) {
-    const int rows = (R <= 2 ? 2 : 4) / (g.gated ? 2 : 1);
-    const dim3 blocks(ceil_div(ceil_div(g.outs, rows), GEMV_WARPS));
-    if (in % CHUNK == 0) launch(gemv_kernel<R, T, true>, blocks, 32 * GEMV_WARPS, 0, g, x, N, in);
-    else launch(gemv_kernel<R, T, false>, blocks, 32 * GEMV_WARPS, 0, g, x, N, in);
-}
-template <class T> static void gemv_type(const Products &g, const float *x, int N, int in) {
-    if (N == 1) gemv_of<1, T>(g, x, N, in);
-    else if (N == 2) gemv_of<2, T>(g, x, N, in);
-    else if (N <= 4) gemv_of<4, T>(g, x, N, in);
-    else gemv_of<GEMV_ROWS, T>(g, x, N, in);
-}
-static void gemv_mma(const Products &g, const float *x, int N, int in) {
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_mma_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MMA_RING_BYTES);
-    CUDA_CHECK(allowed);
-    launch(gemv_mma_kernel, dim3(std::min<int64_t>(sm_count, ceil_div(g.outs, g.gated ? 8 : 16))), 32 * MMA_WARPS, MMA_RING_BYTES, g, x, N, in);
-}
-static void gemv(const Products &g, DType type, const float *x, int N, int in) {
-    switch (type) {
-    case DType::f32: return gemv_type<float>(g, x, N, in);
-    case DType::f16: return in % CHUNK ? gemv_type<f16>(g, x, N, in) : gemv_mma(g, x, N, in);
-    case DType::bf16: return gemv_type<bf16>(g, x, N, in);
-    }
-}
 
 // ---- many rows: cuBLAS ----
 __global__ void narrow_kernel_f16(f16 *y, const float *x, int64_t n) {
@@ -456,31 +177,36 @@ static void gemm_narrowed(float *y, const float *x, Matrix W, int N, int in, int
 }
 
 // ---- the ops ----
-// All of the products, whichever way; matrices of different types take turns.
-static void multiply(const Products &g, const Matrix *W, int n_products, const float *x, int N, int in) {
+// All of the products, whichever way; matrices of different types take turns.  xn is room for the normalised x.
+static void multiply(Products p, const Matrix *W, int n_products, const float *x, int N, int in, float *xn = nullptr) {
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && W[i].type == W[0].type;
-    if (N <= GEMV_ROWS && same) return gemv(g, W[0].type, x, N, in);
+    const bool few = N <= GEMV_ROWS;
+    if (p.norm.weight && !(few && same && gemv_norms(W[0].type, in))) {
+        rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
+        x = xn, p.norm = {};
+    }
+    if (few && same) return gemv(p, W[0].type, x, N, in);
     for (int i = 0; i < n_products; i++) {
-        if (N <= GEMV_ROWS) {
-            gemv({{W[i].data}, {g.y[i]}, {g.out[i]}, g.out[i], g.add, false}, W[i].type, x, N, in);
+        if (few) {
+            gemv({{W[i].data}, {p.y[i]}, {p.out[i]}, p.add}, W[i].type, x, N, in);
             continue;
         }
         if (i == 0 || W[i].type != W[i - 1].type) narrow(W[i].type, x, (int64_t)N * in);
-        gemm_narrowed(g.y[i], x, W[i], N, in, g.out[i], g.add ? 1.0f : 0.0f);
+        gemm_narrowed(p.y[i], x, W[i], N, in, p.out[i], p.add ? 1.0f : 0.0f);
     }
-    if (g.gated) swiglu(g.y[0], g.y[1], (int64_t)N * g.out[0]);
+    if (p.gated) swiglu(p.y[0], p.y[1], (int64_t)N * p.out[0]);
 }
 
-void matmul(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W.data}, {y}, {out}, out, false, false}, &W, 1, x, N, in); }
-void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W.data}, {y}, {out}, out, true, false}, &W, 1, x, N, in); }
-void qkv(float *q, float *k, float *v, const float *x, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
+void matmul(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W.data}, {y}, {out}}, &W, 1, x, N, in); }
+void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W.data}, {y}, {out}, true}, &W, 1, x, N, in); }
+void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
     const Matrix W[] = {Wq, Wk, Wv};
-    multiply({{Wq.data, Wk.data, Wv.data}, {q, k, v}, {q_out, kv_out, kv_out}, q_out + 2 * kv_out, false, false}, W, 3, x, N, in);
+    multiply({{Wq.data, Wk.data, Wv.data}, {q, k, v}, {q_out, kv_out, kv_out}, false, false, norm}, W, 3, x, N, in, xn);
 }
-void gated(float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int N, int in, int out) {
+void gated(float *gate, float *up, float *xn, const float *x, Norm norm, Matrix Wgate, Matrix Wup, int N, int in, int out) {
     const Matrix W[] = {Wgate, Wup};
-    multiply({{Wgate.data, Wup.data}, {gate, up}, {out, out}, out, false, true}, W, 2, x, N, in);
+    multiply({{Wgate.data, Wup.data}, {gate, up}, {out, out}, false, true, norm}, W, 2, x, N, in, xn);
 }
 }    // namespace cuda
 #endif

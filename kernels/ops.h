@@ -23,6 +23,12 @@ struct Matrix {
     DType type = DType::f32;
 };
 
+// What rmsnorm divides and multiplies by.
+struct Norm {
+    const float *weight = nullptr;    // (in)
+    float eps = 0;
+};
+
 // The new tokens of one step.  Decode is one row per sequence; prefill is many rows of one; a perplexity batch is many of
 // many.  The rows of one slot stand together, in increasing pos, without gaps.
 struct Batch {
@@ -76,10 +82,10 @@ struct Ops {
     void (*rmsnorm)  (float *y, const float *x, const float *w, float eps, int N, int D);    // y = w * x / rms(x)
     void (*matmul)   (float *y, const float *x, Matrix W, int N, int in, int out);           // y (N,out) = x (N,in) W^T
     void (*matmul_add)(float *y, const float *x, Matrix W, int N, int in, int out);          // y += x W^T
-    // Products that share x, so that a backend may do them together:  q (N,q_out), k, v (N,kv_out);
-    // gate (N,out) = silu(x Wgate^T) * (x Wup^T), up (N,out) is room for the second product.
-    void (*qkv)      (float *q, float *k, float *v, const float *x, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out);
-    void (*gated)    (float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int N, int in, int out);
+    // Products that share n = rmsnorm(x), so that a backend may do them together; xn (N,in) is room for n:  q (N,q_out),
+    // k, v (N,kv_out);  gate (N,out) = silu(n Wgate^T) * (n Wup^T), up (N,out) is room for the second product.
+    void (*qkv)      (float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out);
+    void (*gated)    (float *gate, float *up, float *xn, const float *x, Norm norm, Matrix Wgate, Matrix Wup, int N, int in, int out);
     void (*rope)     (float *q, const Batch &b, RopeTable table, int H, int d);              // q (N,H,d) turned by pos[n], in place
     // The cache (kv_block.h says which tokens a row sees).  k, v (N,Hkv,d): this step's rows, keys before RoPE; k16, v16
     // the same rounded to fp16, which is what everybody reads.

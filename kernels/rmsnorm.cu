@@ -5,6 +5,7 @@
    Source    Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467), section 3.
    Cost      reads x twice (the second time from the cache), writes y: 12 D bytes a row.
    Precision the squares are added in f64: D of up to 2^17 terms in f32 would lose 2-3 digits.
+   On CUDA   few rows have their norms inside the products that follow (gemv.cu), but for weights other than f16.
    Tested by tests/test_ops.cpp, tests/test_cuda.cpp                                                             */
 #include <algorithm>
 #include <cmath>

@@ -13,8 +13,7 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
         const LayerWeights &w = m.layers[l];
 
         // attention: x += Wo attend(Wq n, Wk n, Wv n),  n = rmsnorm(x)
-        op.rmsnorm(a.xn, a.x, w.attn_norm, c.norm_eps, N, D);
-        op.qkv(a.q, a.k, a.v, a.xn, w.wq, w.wk, w.wv, N, D, Hq * d, Hkv * d);
+        op.qkv(a.q, a.k, a.v, a.xn, a.x, {w.attn_norm, c.norm_eps}, w.wq, w.wk, w.wv, N, D, Hq * d, Hkv * d);
         if (!op.attend(a.att, a.q, a.k, a.v, a.k16, a.v16, kv, l, b, Hq)) {
             op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
             op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
@@ -24,8 +23,7 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
         op.matmul_add(a.x, a.att, w.wo, N, Hq * d, D);
 
         // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)
-        op.rmsnorm(a.xn, a.x, w.ffn_norm, c.norm_eps, N, D);
-        op.gated(a.gate, a.up, a.xn, w.w_gate, w.w_up, N, D, F);
+        op.gated(a.gate, a.up, a.xn, a.x, {w.ffn_norm, c.norm_eps}, w.w_gate, w.w_up, N, D, F);
         op.matmul_add(a.x, a.gate, w.w_down, N, F, D);
     }
     if (b.n_out > 0) {

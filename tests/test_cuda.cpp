@@ -31,7 +31,7 @@ struct HostMatrix {
     static float round_to(float x, DType type) { return type == DType::f16 ? to_f32(to_f16(x)) : type == DType::bf16 ? to_f32(to_bf16(x)) : x; }
 };
 constexpr DType DTYPES[] = {DType::f32, DType::f16, DType::bf16};
-constexpr int GEMV_ROWS = 8;    // of matmul.cu: more rows go through cuBLAS
+constexpr int GEMV_ROWS = 8;    // of gemv.cuh: more rows go through cuBLAS
 
 TEST_CASE("cuda: matmul against the reference in f64") {
     const Ops *gpu = find_gpu();
@@ -89,44 +89,129 @@ TEST_CASE("cuda: matmul of up to 8 rows gives a row the same bits alone, among o
         }
 }
 
-TEST_CASE("cuda: matmul_add, qkv and gated against matmul and the formula") {
+// The products of n = rmsnorm(x), in f64, and the bound on what a result may be off by.
+struct NormedProducts {
+    int in;
+    std::vector<float> gain;
+    std::vector<double> n;     // (N,in)
+    double bound;              // of an error, over sum |n||w|
+    NormedProducts(const std::vector<float> &x, int N, int in, bool fused, bool f16, bool bf16, float eps) : in(in), gain(random_floats(in, 6)) {
+        for (int r = 0; r < N; r++) {
+            double squares = 0;
+            for (int i = 0; i < in; i++) squares += (double)x[(size_t)r * in + i] * x[(size_t)r * in + i];
+            for (int i = 0; i < in; i++) n.push_back(gain[i] * x[(size_t)r * in + i] / std::sqrt(squares / in + eps));
+        }
+        // additions as in matmul alone.  In n: a few roundings of f32; fused, 2^-21 of the squares and x in 22 bits; many rows: of
+        // f16, or to two bf16 numbers
+        bound = (in + 16) * 0x1p-23 + (fused ? 0x1p-20 : 0);
+        if (N > GEMV_ROWS && f16) bound += 0x1.01p-11;
+        if (N > GEMV_ROWS && bf16) bound += in * 0x1p-23 + 0x1p-16;
+    }
+    // Output o of row r, and the size that the bound is of.
+    double operator()(const HostMatrix &W, int r, int o, double *size) const {
+        double sum = 0;
+        *size = 0;
+        for (int i = 0; i < in; i++) {
+            const double p = n[(size_t)r * in + i] * W.f[(size_t)o * in + i];
+            sum += p, *size += std::fabs(p);
+        }
+        return sum;
+    }
+};
+
+TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_add against matmul") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
+    double worst = 0;
     for (DType type : DTYPES)
         for (DType up_type : {type, DType::f32})
-            for (int in : {7, 64, 1032})
-                for (int out : {1, 3, 6, 33})
-                    for (int N : {1, 2, 3, 8, 9}) {
+            for (int in : {7, 8, 40, 288, 1032, 4096, 14336})
+                for (int out : {1, 3, 6, 33, 100, 4400, 9000})
+                    for (int N : {1, 3, 8, 9}) {
+                        if (in > 2000 && (out != 33 || up_type != type)) continue;    // the time it takes
+                        // thread blocks of several tiles, and of more than are added up at a time
+                        if ((out == 4400 && !(in == 1032 && type == DType::f16)) || (out == 9000 && in != 40)) continue;
                         INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type, " ", (int)up_type);
                         const int kv_out = out / 2 + 1;
+                        const float eps = 1e-5f;
                         const HostMatrix A((size_t)in * out, type, 1), B((size_t)in * out, up_type, 2);
+                        std::vector<float> host = random_floats((size_t)N * in, 4);
+                        for (int r = 0; r < N; r++)    // a row of large values, of small ones, and one in between
+                            for (int i = 0; i < in; i++) host[(size_t)r * in + i] *= r % 3 == 0 ? 3.0f : r % 3 == 1 ? 1000.0f : 0.01f;
+                        const bool any_f16 = type == DType::f16 || up_type == DType::f16, any_bf16 = type == DType::bf16 || up_type == DType::bf16;
+                        const NormedProducts normed(host, N, in, type == DType::f16 && up_type == type, any_f16, any_bf16, eps);
                         const OnDevice<uint8_t> wa(*gpu, A.bytes), wb(*gpu, B.bytes);
-                        const OnDevice<float> x(*gpu, random_floats((size_t)N * in, 4, 3.0f));
+                        const OnDevice<float> x(*gpu, host), gain(*gpu, normed.gain), xn(*gpu, host.size());
+                        const Norm norm = {gain.p, eps};
                         const StepOn step(*gpu, plain_rows(N), 1, 8, in);
-                        auto product = [&](const OnDevice<uint8_t> &w, DType t, int outs) {
-                            const OnDevice<float> y(*gpu, (size_t)N * outs);
-                            gpu->matmul(y.p, x.p, {w.p, t}, N, in, outs);
-                            return y.host();
-                        };
-                        const std::vector<float> a = product(wa, type, out), b = product(wb, up_type, out), c = product(wb, up_type, kv_out), old = random_floats(a.size(), 5);
-                        const OnDevice<float> sum(*gpu, old), q(*gpu, a.size()), k(*gpu, c.size()), v(*gpu, c.size()), gate(*gpu, a.size()), up(*gpu, a.size());
-                        gpu->qkv(q.p, k.p, v.p, x.p, {wa.p, type}, {wb.p, up_type}, {wb.p, up_type}, N, in, out, kv_out);
-                        CHECK(same_bits(q.host().data(), a.data(), a.size()));
-                        CHECK(same_bits(k.host().data(), c.data(), c.size()));
-                        CHECK(same_bits(v.host().data(), c.data(), c.size()));
+                        const size_t n_out = (size_t)N * out, n_kv = (size_t)N * kv_out;
+                        const OnDevice<float> q(*gpu, n_out), k(*gpu, n_kv), v(*gpu, n_kv), gate(*gpu, n_out), up(*gpu, n_out), y(*gpu, n_out);
+                        gpu->qkv(q.p, k.p, v.p, xn.p, x.p, norm, {wa.p, type}, {wb.p, up_type}, {wb.p, up_type}, N, in, out, kv_out);
+                        gpu->gated(gate.p, up.p, xn.p, x.p, norm, {wa.p, type}, {wb.p, up_type}, N, in, out);
+                        const std::vector<float> qs = q.host(), ks = k.host(), vs = v.host(), gates = gate.host();
+                        bool within = true;
+                        for (int r = 0; r < N; r++)
+                            for (int o = 0; o < out; o++) {
+                                double size, up_size;
+                                const double want = normed(A, r, o, &size), want_up = normed(B, r, o, &up_size), e = 1.0 + std::exp(-want);
+                                const double error = std::fabs(qs[r * out + o] - want) / size;
+                                worst = std::max(worst, error / normed.bound);
+                                within = within && error <= normed.bound;
+                                if (o < kv_out) within = within && std::fabs(ks[r * kv_out + o] - want_up) <= normed.bound * up_size;
+                                // silu is no steeper than 1.1
+                                const double slack = normed.bound * (1.1 * size * (std::fabs(want_up) + normed.bound * up_size) + std::fabs(want / e) * up_size);
+                                within = within && std::fabs(gates[r * out + o] - want / e * want_up) <= slack + 1e-6 * std::fabs(want / e * want_up) + FLT_MIN;
+                            }
+                        CHECK(within);
+                        CHECK(ks == vs);
+
+                        const std::vector<float> old = random_floats(n_out, 5);
+                        const OnDevice<float> sum(*gpu, old);
+                        gpu->matmul(y.p, x.p, {wa.p, type}, N, in, out);
                         gpu->matmul_add(sum.p, x.p, {wa.p, type}, N, in, out);
-                        gpu->gated(gate.p, up.p, x.p, {wa.p, type}, {wb.p, up_type}, N, in, out);
-                        const std::vector<float> sums = sum.host(), gates = gate.host();
-                        bool added = true, within = true;
-                        for (size_t i = 0; i < a.size(); i++) {
+                        const std::vector<float> sums = sum.host(), products = y.host();
+                        bool added = true;
+                        for (size_t i = 0; i < n_out; i++) {
                             // cuBLAS may add old first: its sum is off by a rounding of each partial sum
-                            const double want = a[i] / (1.0 + std::exp(-(double)a[i])) * b[i], slack = N > GEMV_ROWS ? in * 0x1p-22 : 0x1p-24;
-                            added = added && std::fabs(sums[i] - ((double)old[i] + a[i])) <= slack * (std::fabs(old[i]) + std::fabs(a[i]) + in * 0.3);
-                            within = within && std::fabs(gates[i] - want) <= 1e-6 * std::fabs(want) + FLT_MIN;
+                            const int r = (int)i / out, o = (int)i % out;
+                            double size = 0;
+                            for (int j = 0; j < in; j++) size += std::fabs((double)host[(size_t)r * in + j] * A.f[(size_t)o * in + j]);
+                            const double slack = N > GEMV_ROWS ? in * 0x1p-22 * (std::fabs(old[i]) + size) : 0x1p-24 * (std::fabs(old[i]) + std::fabs(products[i]));
+                            added = added && std::fabs(sums[i] - ((double)old[i] + products[i])) <= slack;
                         }
                         CHECK(added);
-                        CHECK(within);
                     }
+    MESSAGE("largest error of q over its bound: ", worst);
+}
+
+TEST_CASE("cuda: qkv and gated of up to 8 rows give a row the same bits alone, among others, and again") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (int in : {8, 100, 1032, 4096})
+        for (DType type : DTYPES) {
+            const int out = 70, kv_out = 20, N = GEMV_ROWS;
+            const HostMatrix W((size_t)2 * in * out, type, 2);
+            const OnDevice<uint8_t> w(*gpu, W.bytes);
+            const Matrix first = {w.p, type}, second = {w.p + W.bytes.size() / 2, type};
+            const OnDevice<float> x(*gpu, random_floats((size_t)N * in, 1)), gain(*gpu, random_floats(in, 3)), xn(*gpu, (size_t)N * in);
+            const OnDevice<float> q(*gpu, (size_t)N * out), k(*gpu, (size_t)N * kv_out), v(*gpu, (size_t)N * kv_out), gate(*gpu, (size_t)N * out), up(*gpu, (size_t)N * out);
+            const StepOn step(*gpu, plain_rows(N), 1, 8, in);
+            auto run = [&](int n, int rows) {    // everything, one after the other
+                const float *at = x.p + (size_t)n * in;
+                gpu->qkv(q.p, k.p, v.p, xn.p, at, {gain.p, 1e-5f}, first, second, second, rows, in, out, kv_out);
+                gpu->gated(gate.p, up.p, xn.p, at, {gain.p, 1e-5f}, first, second, rows, in, out);
+                return std::vector<std::vector<float>>{q.host(), k.host(), v.host(), gate.host()};
+            };
+            const auto want = run(0, N);
+            for (int rows = 1; rows <= N; rows++)
+                for (int n = 0; n + rows <= N; n += rows) {
+                    const auto got = run(n, rows);
+                    for (size_t i = 0; i < got.size(); i++) {
+                        const size_t outs = want[i].size() / N;
+                        CHECK(same_bits(got[i].data(), &want[i][n * outs], rows * outs));
+                    }
+                }
+        }
 }
 
 TEST_CASE("cuda: embed, gather, rmsnorm, rope against the CPU") {

@@ -109,28 +109,32 @@ TEST_CASE("swiglu against the reference") {
     }
 }
 
-TEST_CASE("matmul_add, qkv and gated are made of matmul and swiglu, bit for bit") {
-    const int in = 40, out = 24, kv_out = 16;
-    for (int N : {1, 6}) {
-        const TestMatrix A((size_t)in * out, DType::bf16, 1), B((size_t)in * out, DType::f32, 2), C((size_t)in * kv_out, DType::f16, 3);
-        const std::vector<float> x = random_floats((size_t)N * in, 4), old = random_floats((size_t)N * out, 5);
-        auto product = [&](const TestMatrix &W, int outs) {
-            std::vector<float> y((size_t)N * outs);
-            cpu::matmul(y.data(), x.data(), W.m, N, in, outs);
-            return y;
-        };
-        std::vector<float> sum = old, a = product(A, out), b = product(B, out), c = product(C, kv_out);
-        cpu::matmul_add(sum.data(), x.data(), A.m, N, in, out);
-        for (size_t i = 0; i < sum.size(); i++) CHECK(sum[i] == old[i] + a[i]);
-        std::vector<float> q(a.size()), k(c.size()), v(c.size()), up(a.size());
-        cpu::qkv(q.data(), k.data(), v.data(), x.data(), A.m, C.m, C.m, N, in, out, kv_out);
-        CHECK(q == a);
-        CHECK(k == c);
-        CHECK(v == c);
-        cpu::gated(q.data(), up.data(), x.data(), A.m, B.m, N, in, out);
-        cpu::swiglu(a.data(), b.data(), (int64_t)a.size());
-        CHECK(q == a);
-    }
+TEST_CASE("matmul_add, qkv and gated are made of rmsnorm, matmul and swiglu, bit for bit") {
+    for (int in : {8, 40, 288})
+        for (int N : {1, 3, 8, 9}) {
+            const int out = 24, kv_out = 17;
+            const TestMatrix A((size_t)in * out, DType::bf16, 1), B((size_t)in * out, DType::f32, 2), C((size_t)in * kv_out, DType::f16, 3);
+            const std::vector<float> x = random_floats((size_t)N * in, 4, 3.0f), gain = random_floats(in, 6), old = random_floats((size_t)N * out, 5);
+            const Norm norm = {gain.data(), 1e-5f};
+            std::vector<float> n(x.size()), xn(x.size(), NAN);
+            cpu::rmsnorm(n.data(), x.data(), norm.weight, norm.eps, N, in);
+            auto product = [&](const std::vector<float> &of, const TestMatrix &W, int outs) {
+                std::vector<float> y((size_t)N * outs);
+                cpu::matmul(y.data(), of.data(), W.m, N, in, outs);
+                return y;
+            };
+            std::vector<float> sum = old, added = product(x, A, out), a = product(n, A, out), b = product(n, B, out), c = product(n, C, kv_out);
+            cpu::matmul_add(sum.data(), x.data(), A.m, N, in, out);
+            for (size_t i = 0; i < sum.size(); i++) CHECK(sum[i] == old[i] + added[i]);
+            std::vector<float> q(a.size()), k(c.size()), v(c.size()), up(a.size());
+            cpu::qkv(q.data(), k.data(), v.data(), xn.data(), x.data(), norm, A.m, C.m, C.m, N, in, out, kv_out);
+            CHECK(q == a);
+            CHECK(k == c);
+            CHECK(v == c);
+            cpu::gated(q.data(), up.data(), xn.data(), x.data(), norm, A.m, B.m, N, in, out);
+            cpu::swiglu(a.data(), b.data(), (int64_t)a.size());
+            CHECK(q == a);
+        }
 }
 
 TEST_CASE("rmsnorm against the formula") {

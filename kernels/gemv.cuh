@@ -1,0 +1,37 @@
+// gemv.cuh - what matmul.cu asks of gemv.cu: products of few rows.
+#pragma once
+#include "cuda.cuh"
+
+namespace cuda {
+
+constexpr int GEMV_ROWS = 8;       // up to here weights are read once by our own kernels, activations stay f32
+constexpr int MAX_PRODUCTS = 3;
+
+// What a launch multiplies x with.  Outputs are counted through the matrices; for gated, which has gate and up, through one.
+struct Products {
+    const void *W[MAX_PRODUCTS];
+    float *y[MAX_PRODUCTS];
+    int out[MAX_PRODUCTS];         // 0: no such product
+    bool add = false, gated = false;
+    Norm norm = {};                // of x, first; weight null: none
+
+    // A warp or thread block multiplies tiles of ROWS rows of weights: as many outputs, or half as many of gate and then of up.
+    struct Row { int m, o; };      // output o of matrix m
+    HD int outs() const { return gated ? out[0] : out[0] + out[1] + out[2]; }
+    HD int tile_outs(int ROWS) const { return gated ? ROWS / 2 : ROWS; }
+    HD int tiles(int ROWS) const { return (outs() + tile_outs(ROWS) - 1) / tile_outs(ROWS); }
+    // Row r of a tile; behind the last output, the last.
+    template <int ROWS> __device__ Row row_of(int tile, int r) const {
+        if (gated) return {r / (ROWS / 2), min(tile * (ROWS / 2) + r % (ROWS / 2), out[0] - 1)};
+        Row row = {0, min(tile * ROWS + r, outs() - 1)};
+        while (row.m + 1 < MAX_PRODUCTS && row.o >= out[row.m]) row.o -= out[row.m++];
+        return row;
+    }
+    template <class T> __device__ const T *weights_of(Row row, int in) const { return (const T *)W[row.m] + (int64_t)row.o * in; }
+    __device__ float *result_of(Row row, int n) const { return y[row.m] + (int64_t)n * out[row.m] + row.o; }
+};
+
+// All matrices in one type; N <= GEMV_ROWS.
+void gemv(const Products &p, DType type, const float *x, int N, int in);
+bool gemv_norms(DType type, int in);    // it can take the norm, too
+}    // namespace cuda
