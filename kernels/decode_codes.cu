@@ -46,6 +46,11 @@ template <class K, class V> struct Layout {
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
+// A number the compiler knows nothing about: constants added to it become part of the load instead of instructions.
+__device__ inline uint32_t opaque(uint32_t x) {
+    asm volatile("mov.u32 %0, %0;" : "+r"(x));
+    return x;
+}
 __device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
     uint32_t v;
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
@@ -186,11 +191,13 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t mine = S::warp_at(warp);
     const uint32_t z_at = mine + 2 * S::SLOT;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
-    const uint32_t z_store = z_at + PAIRS * lane * 4, z_store_odd = z_at + (PAIRS * lane ^ 16) * 4, z_load = z_at + g * (D / 2) * 4, z_swap = g % 2 * 64;    // odd columns swapped, so that neighbours lie in different banks
-    const uint32_t factors = S::factors(warp);                               // of 64 tokens: keys' s1 s2 delta, s1; then values'
-    auto factor = [&](bool key, int i) { return load_shared<float2>(factors + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64 + 8 * g); };    // of token 8 i + g
-    const uint32_t E = S::E(lane), means = S::means(warp);
-    const uint32_t k_lane = g * (D / K::channels) + K_BYTES * t, v_lane = t * (D / V::channels) + V_BYTES * g;    // of the codes
+    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
+    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load ^ 64);    // neighbours lie in different banks
+    const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
+    auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2 delta, s1
+    const uint32_t weight_hi = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_lo = opaque(weight_hi ^ 64), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+    const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
+    const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
     fill_table<K::channels, WARPS>(TABLE, kv.k_codebook);
     if (!S::ALIKE) fill_table<V::channels, WARPS>(TABLE + 128, kv.v_codebook);
@@ -220,8 +227,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
         for (int i = 0; i < 2 * STEPS; i++) bq[i] = g / 2 < n_queries ? *(const uint32_t *)(a.q_code + ((first + g / 2) * 2 + g % 2) * D + D / 4 * t + 4 * i) : 0;
         const float2 unit_sum = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
-        const float unit = unit_sum.x;
-        const int half_sum = (int)unit_sum.y;                      // less than a unit is lost
+        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
         float qs[QUERIES][2 * PAIRS];                              // pairs PAIRS lane ..
         for (int q = 0; q < QUERIES; q++)
             for (int p = 0; p < PAIRS; p++) {
@@ -300,7 +306,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                     __syncwarp();
 #pragma unroll
                     for (int k = 0; k < D / 32; k++) {
-                        const uint4 v = load_shared<uint4>(z_load + ((64 * k + 16 * t) ^ z_swap));
+                        const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
                         memcpy(z[i] + 4 * k, &v, 16);
                     }
                     __syncwarp();
@@ -325,16 +331,15 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
-                const uint32_t to = factors + lane / 8 * S::ROW + lane % 8 * 16;
-                store_shared(to, words(k1.x * k2.x * K::delta, k1.x, k1.y * k2.y * K::delta, k1.y));
-                store_shared(to + 4 * S::ROW, words(v1.x * v2.x * V::delta, v1.x, v1.y * v2.y * V::delta, v1.y));
+                store_shared(factors, words(k1.x * k2.x * K::delta, k1.x, k1.y * k2.y * K::delta, k1.y));
+                store_shared(factors + 4 * S::ROW, words(v1.x * v2.x * V::delta, v1.x, v1.y * v2.y * V::delta, v1.y));
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
             float score[8];
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
-                int e[4] = {0, half_sum, 0, half_sum};
+                int e[4] = {};
                 uint32_t x[2][2 * STEPS];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -347,8 +352,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
 #pragma unroll
                 for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
                 const float2 f0 = factor(true, 2 * tile), f1 = factor(true, 2 * tile + 1);
-                score[2 * tile] = fmaf((float)(e[0] * 256 + e[1]) * unit, f0.x, mean_score[2 * tile] * f0.y);
-                score[2 * tile + 1] = fmaf((float)(e[2] * 256 + e[3]) * unit, f1.x, mean_score[2 * tile + 1] * f1.y);
+                score[2 * tile] = fmaf(fmaf((float)(e[0] * 256 + e[1]), unit, half_sum), f0.x, mean_score[2 * tile] * f0.y);
+                score[2 * tile + 1] = fmaf(fmaf((float)(e[2] * 256 + e[3]), unit, half_sum), f1.x, mean_score[2 * tile + 1] * f1.y);
             }
             // softmax in base 2
             float top = score[0];
@@ -385,17 +390,16 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
             w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
             // Column 2 t, 2 t + 1: 64 bytes each, g % 4: 16 bytes of tokens; z is done with.  Every other pair of columns is swapped,
             // so that four lanes' bytes lie in different banks.
-            const uint32_t bytes = z_at + t * 128 + g % 4 * 16 + g / 4 * 8, swap = t % 2 * 64;
             Words<2> hi, lo;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const uint32_t x = __byte_perm(w[4 * i], w[4 * i + 1], 0x5140), y = __byte_perm(w[4 * i + 2], w[4 * i + 3], 0x5140);
                 hi.x[i] = __byte_perm(x, y, 0x7632), lo.x[i] = __byte_perm(x, y, 0x5410);
             }
-            store_shared(bytes + swap, hi), store_shared(bytes + (swap ^ 64), lo);
+            store_shared(weight_hi, hi), store_shared(weight_lo, lo);
             __syncwarp();
             // values
-            const uint4 bw = load_shared<uint4>(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+            const uint4 bw = load_shared<uint4>(weight_load);
             const uint32_t b[4] = {bw.x, bw.y, bw.z, bw.w};
             uint32_t vc[16][VW], vs[16][VW];
 #pragma unroll

@@ -12,9 +12,7 @@
    Work      A thread block owns tiles of 16 outputs (gated: 8 of gate, 8 of up) and shares their inputs among its warps, which add up
              in order at the end of a tile.  Weights go through a ring in shared memory, each lane its own.
    Memory    What the formula costs is 2 bytes a weight; what a launch costs beside is the time in which nobody has asked for
-             weights.  So a thread block starts while the kernel before it is at work, fills its ring and asks for the PREFETCH
-             pieces behind it to come to L2, all before it waits for x; keeps that lead to its end; and lets the next kernel start
-             when all its own weights are asked for, HANDOVER pieces before it is done.
+             weights.  So a thread block starts while the kernel before it is at work, fills its ring, and waits for x only then.
    Limits    N <= 8; weights and rows of x aligned to 16 bytes where in is a multiple of 8; f16: |g x| < 2^20.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
@@ -30,14 +28,14 @@ namespace cuda {
 // of two rows of W, inputs 8 t .. 8 t + 7 of a block of 32, and those of x[g]: two mma.  Nothing in a column's sum depends on the
 // others.
 // Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
+// Tried: weights behind the ring prefetched to L2 (17 MB, before the wait): 200 us a layer of Llama-3-8B for 196, and 220 if that
+// lead is kept to the end; the next kernel let loose only when all weights are asked for: 196 for 178 with an early start.
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
 constexpr int STAGES = 3;                      // of the ring: all but one are on their way while one is in work
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
-constexpr int PREFETCH = 4;                    // pieces on their way to L2: 17 MB of an H100's 50, next to the next kernel's as many
-constexpr int HANDOVER = STAGES - 1 + PREFETCH;    // pieces before its end at which a thread block lets the next kernel start: all are asked for
 constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
 constexpr int ROUND_SUMS = MMA_ROWS * GEMV_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
@@ -55,13 +53,6 @@ __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float 
 }
 __device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
-// bytes at p, a multiple of 16, will be read soon.
-__device__ inline void prefetch_l2(const void *p, unsigned bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
-
 template <bool NORM>
 __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
@@ -70,7 +61,6 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + PIECE_INPUTS - 1) / PIECE_INPUTS;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    const int pieces = (end - begin) * steps;
     uint4 *const mine = ring + warp * STAGES * 4 * 32 + lane;
     const int first_input = warp * STAGE_INPUTS + 8 * t;
 
@@ -89,15 +79,9 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
         }
         __pipeline_commit();
     };
-    auto prefetch = [&](int piece) {    // a lane a row
-        if (PREFETCH == 0 || piece >= pieces || lane >= MMA_ROWS) return;
-        const int k = piece % steps * PIECE_INPUTS;
-        prefetch_l2(p.weights_of<f16>(p.row_of<MMA_ROWS>(begin + piece / steps, lane), in) + k, min(PIECE_INPUTS, in - k) * 2);
-    };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
-    for (int i = warp; i < PREFETCH; i += MMA_WARPS) prefetch(STAGES - 1 + i);
-    wait_for_kernels_before();
+    wait_for_inputs();
 
     const float *xg = x + (int64_t)min(g, N - 1) * in;
     float4 xs[4];    // of the step in work, and then of the next
@@ -110,12 +94,12 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
     };
     load_x(0);
     const int round = ROUND_SUMS / (MMA_ROWS * N);
-    int stage = 0, piece = 0;
+    int stage = 0;
     double square = 0;
     float scale = 1;
     for (int tile = begin; tile < end; tile++) {
         float high_sum[4] = {}, low_sum[4] = {};
-        for (int step = 0; step < steps; step++, piece++) {
+        for (int step = 0; step < steps; step++) {
             float4 gain[4];
             if (NORM) {
 #pragma unroll
@@ -125,8 +109,6 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
                 }
             }
             load((stage + STAGES - 1) % STAGES);
-            if (piece % MMA_WARPS == warp) prefetch(piece + STAGES - 1 + PREFETCH);
-            if (piece + HANDOVER >= pieces - 1) let_next_start();
             // 16 squares in f32, the rest in f64: off by 2^-20 of the sum at worst, 2^-21 of s
             if (NORM && tile == begin) square += add_squares(xs[3], add_squares(xs[2], add_squares(xs[1], add_squares(xs[0], 0))));
             unsigned high[8], low[8];    // [block of 32 inputs][pair]

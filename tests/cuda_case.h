@@ -15,6 +15,10 @@ inline const Ops *find_gpu() {
     return ops;
 }
 
+// What attention_decode.cu takes, and how far codes are off there: 16-bit queries and weights, f16 cosines (the design's bound).
+constexpr double DECODE_BOUND = 1e-3;
+inline bool decodes_codes(KvFormat k, KvFormat v, int d) { return (d == 64 || d == 128) && k != KvFormat::f16 && v != KvFormat::f16 && !kv_is_scalar(k) && !kv_is_scalar(v); }
+
 // n values on the device.
 template <class T> struct OnDevice {
     const Ops &ops;

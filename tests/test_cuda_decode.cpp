@@ -22,8 +22,6 @@ static const Ops *find_decode() {
     return &ops;
 }
 
-constexpr double DECODE_BOUND = 1e-3;    // of the design: 16-bit queries and weights, f16 cosines
-
 static bool served(KvFormat k, KvFormat v) { return (k == KvFormat::f16) == (v == KvFormat::f16); }
 
 TEST_CASE("cuda decode: every format, head shape and length against the f64 reference") {
