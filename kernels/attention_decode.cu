@@ -31,8 +31,7 @@ template <int D> __global__ void __launch_bounds__(32 * ROW_WARPS) decode_rows_k
     constexpr int C = D / 32;
     const KvView &kv = a.kv;
     const int lane = threadIdx.x % 32, heads = a.Hq + (f.fresh ? kv.Hkv : 0), item = blockIdx.x * ROW_WARPS + threadIdx.x / 32;
-    let_next_start();
-    wait_for_kernels_before();
+    wait_for_inputs();
     if (item >= a.b.N * heads) return;
     const int n = item / heads, h = item % heads, pos = a.b.pos[n];
     if (h >= a.Hq) {
@@ -76,12 +75,11 @@ constexpr int F16_WARPS = 8, F16_TEAMS = 2 * GPU_SMS;    // thread blocks at wor
 template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) decode_f16_kernel(DecodeArgs a) {
     __shared__ WarpResult<D, Q> results[F16_WARPS];
     const KvView &kv = a.kv;
-    const int warp = threadIdx.x / 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts;
-    let_next_start();
-    wait_for_kernels_before();
+    const int warp = threadIdx.x / 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.room;
+    wait_for_inputs();
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
-        const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = decode_parts(units, F16_WARPS, a.b.N, heads, F16_TEAMS);
+        const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = parts_of(units, F16_WARPS, a.room);
         if (part >= parts) continue;
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
@@ -111,15 +109,15 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         __syncthreads();
     }
 }
-template <int D, int Q> static void decode_f16(DecodeArgs a) {
-    const int heads = a.kv.Hkv * a.chunks;
-    a.most_parts = std::min(a.room, std::max(1, a.kv.max_blocks * GROUPS / F16_WARPS));
-    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * heads * a.most_parts, 2 * sm_count)), 32 * F16_WARPS, 0, a);
+template <int D, int Q> static void decode_f16(const DecodeArgs &a) {
+    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, 2 * sm_count)), 32 * F16_WARPS, 0, a);
 }
 
 // ---- launch -------------------------------------------------------------------------------------------------
 static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
-static int room_of(int N, int heads) { return std::max(decode_room(N, heads, F16_TEAMS), decode_room(N, heads, codes_teams(N))); }
+// The most that decode_parts can say, for so many heads or more.
+static int most_parts(bool f16, int N, int heads) { return std::clamp((N <= FEW_ROWS ? 1 : 4) * (f16 ? F16_TEAMS : codes_teams(N)) / ((N <= FEW_ROWS ? 1 : N) * heads), 1, MAX_PARTS); }
+static int room_of(bool f16, int N, int heads) { return decode_parts(N, heads, f16 ? F16_TEAMS : codes_teams(N)); }
 struct Work { int64_t q_scaled, q_code, q_unit, arrived, part_ml, part_o, bytes; };    // offsets
 static Work work_of(int64_t N, int Hq, int d, int room) {
     Work w{};
@@ -133,7 +131,8 @@ static Work work_of(int64_t N, int Hq, int d, int room) {
 }
 int64_t attention_decode_work_bytes(const StepShape &shape) {
     int64_t most = 0;    // fewer rows may have more parts in all; a head has at most Hq / QUERIES of the chunks, rounded up
-    for (int N = 1; N <= shape.N; N++) most = std::max(most, work_of(N, shape.Hq, shape.d, room_of(N, (int)ceil_div(shape.Hq, QUERIES))).bytes);
+    for (int N = 1; N <= shape.N; N++)
+        for (bool f16 : {true, false}) most = std::max(most, work_of(N, shape.Hq, shape.d, most_parts(f16, N, (int)ceil_div(shape.Hq, QUERIES))).bytes);
     return most;
 }
 
@@ -144,11 +143,11 @@ static bool serves(const KvView &kv, const Step &step) {
 }
 static void decode(float *y, const FreshRows &rows, const f16 *k16, const f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq) {
     const int G = Hq / kv.Hkv, Q = G == 1 ? 1 : QUERIES, chunks = (int)ceil_div(G, Q);
-    const int room = room_of(b.N, kv.Hkv * chunks);
+    const int room = std::min(room_of(kv.k_format == KvFormat::f16, b.N, kv.Hkv * chunks), std::max(1, kv.max_blocks));
     const Work w = work_of(b.N, Hq, kv.d, room);
     uint8_t *const work = (uint8_t *)step.work;
     const DecodeArgs a = {y, kv, k16, v16, b, (float *)(work + w.q_scaled), (int8_t *)(work + w.q_code), (float2 *)(work + w.q_unit), (float *)(work + w.part_o),
-                          (float2 *)(work + w.part_ml), (int *)(work + w.arrived), layer, Hq, G, chunks, room, 0};
+                          (float2 *)(work + w.part_ml), (int *)(work + w.arrived), layer, Hq, G, chunks, room};
     const dim3 blocks((unsigned)ceil_div((int64_t)b.N * (Hq + (rows.fresh ? kv.Hkv : 0)), ROW_WARPS));
     launch(kv.d == 64 ? decode_rows_kernel<64> : decode_rows_kernel<128>, blocks, 32 * ROW_WARPS, 0, a, rows);
     if (kv.k_format != KvFormat::f16) return decode_codes(a);

@@ -1,6 +1,8 @@
 // attention_decode.cuh - what the two kernels of decode attention share (attention_decode.cu has the whole picture): who does
 // what, exact tokens, and how results of parts are merged.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include "mma.cuh"
 
 namespace cuda {
@@ -25,29 +27,25 @@ struct DecodeArgs {
     float2 *part_ml;           // (N, Hq, room)       m in base 2, l
     int *arrived;              // (N, Hq)             parts that are done; the last one puts it back to 0
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
-    int room, most_parts;      // parts of a head: that the scratch holds; that a row can have
+    int room;                  // parts that a row and head can have
 };
 
-// Parts that a head's `units` are divided into, at least `least` units each; `teams` work at a time, heads: Hkv chunks.  Few rows
-// spread over the whole GPU; many take as many parts as leave the least to the last round of teams.
-HD int decode_parts(int units, int least, int rows, int heads, int teams) {
-    const int most = units / least < 1 ? 1 : units / least < MAX_PARTS ? units / least : MAX_PARTS;
-    if (rows <= FEW_ROWS) return teams / heads < 1 ? 1 : teams / heads < most ? teams / heads : most;
-    const int tasks = rows * heads;
-    int best = 1, best_units = (tasks + teams - 1) / teams * units;
+// Parts that the cache of a row and head is divided into if it is long; heads: Hkv chunks, teams: that work at a time.  Few rows
+// spread over the whole GPU; of many, as many parts as keep most teams busy in the last of up to four rounds.
+inline int decode_parts(int rows, int heads, int teams) {
+    if (rows <= FEW_ROWS) return std::clamp(teams / heads, 1, MAX_PARTS);
+    const double tasks = (double)rows * heads;
+    int best = 1;
+    double best_busy = 0;    // share of the teams' time
     for (int rounds = 1; rounds <= 4; rounds++) {
-        const int parts = rounds * teams / tasks < most ? rounds * teams / tasks : most;
-        if (parts <= best) continue;
-        const int done_after = (tasks * parts + teams - 1) / teams * ((units + parts - 1) / parts);
-        if (done_after < best_units) best = parts, best_units = done_after;
+        const int parts = std::clamp((int)(rounds * teams / tasks), 1, MAX_PARTS);
+        const double busy = tasks * parts / teams / std::ceil(tasks * parts / teams);
+        if (busy > 1.03 * best_busy) best = parts, best_busy = busy;
     }
     return best;
 }
-// No row of such a step has more.
-HD int decode_room(int rows, int heads, int teams) {
-    const int most = rows <= FEW_ROWS ? teams / heads : 4 * teams / (rows * heads);
-    return most < 1 ? 1 : most < MAX_PARTS ? most : MAX_PARTS;
-}
+// Of a cache of so many units, at least `least` in a part.
+HD int parts_of(int units, int least, int most) { return units < 2 * least ? 1 : units / least < most ? units / least : most; }
 
 __device__ inline float exp2_fast(float x) {    // 2 ulp, denormals are 0
     float y;

@@ -23,6 +23,7 @@
 #include "attention_decode.cuh"
 namespace cuda {
 
+constexpr int BLOCKS_EACH = 8;    // at least, of a part that a thread block has
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
 template <class K, class V> struct Layout {
@@ -192,10 +193,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     const uint32_t mine = S::warp_at(warp);
     const uint32_t z_at = mine + 2 * S::SLOT;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
-    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load ^ 64);    // neighbours lie in different banks
+    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
     const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2 delta, s1
-    const uint32_t weight_hi = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_lo = opaque(weight_hi ^ 64), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+    const uint32_t weight_hi = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_lo = opaque(weight_hi + 64 - t % 2 * 128), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
@@ -208,16 +209,15 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         store_shared(S::E(l) + i / 32 * S::FRAGMENT, Words<4>{{cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1)}});
     }
     __syncthreads();
-    let_next_start();
-    wait_for_kernels_before();
+    wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
-    const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.most_parts, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);
+    const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.room, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);
 
     for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded_end = min(kv.coded_end(pos), n_blocks), coded = max(0, coded_end - kv.sink);
-        const int parts = decode_parts(coded, by_block ? 8 : 1, a.b.N, heads, codes_teams(a.b.N));
+        const int parts = parts_of(coded, by_block ? BLOCKS_EACH : 1, a.room);
         if (part >= parts) continue;
         const int q0 = head % a.chunks * QUERIES, n_queries = min(QUERIES, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;    // of the queries
@@ -238,9 +238,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
 
         // Block number j of the warp: its bytes go to slot j % 2 from the 16-byte boundary before them, those of mean j + 2 come along.
         uint32_t k_at = 0, v_at = 0;    // of the block that comes
-        auto number = [&](int j) { return kv.sealed_at(a.layer, slot, h, begin + min(j, mine_n - 1) * stride); };
-        auto load_mean = [&](int j, int64_t block) {
-            if (j < mine_n && lane < S::MEAN / 4) copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_sealed + block * kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
+        const int *const table = kv.table + (int64_t)slot * kv.max_blocks + begin;
+        auto entry = [&](int j) { return table[min(j, mine_n - 1) * stride]; };
+        auto number = [&](int entry) { return ((int64_t)a.layer * kv.n_blocks + entry) * kv.Hkv + h; };    // as kv.sealed_at
+        auto load_mean = [&](int j, int entry) {
+            if (j < mine_n && lane < S::MEAN / 4) copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_sealed + number(entry) * kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
         };
         auto copy = [&](uint32_t to, auto span, const uint8_t *from, int bytes) {    // says where `from` is
             const uint32_t before = (uint32_t)(uintptr_t)from & 15, end = before + bytes;
@@ -249,13 +251,14 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                 if (at + 16 * lane < end) copy_async<16>(to + at + 16 * lane, from - before + at + 16 * lane);
             return to + before;
         };
-        auto load = [&](int j, int64_t block, int64_t block2) {
+        auto load = [&](int j, int entry, int entry2) {
             if (j < mine_n) {
+                const int64_t block = number(entry);
                 const uint32_t to = mine + j % 2 * S::SLOT;
                 k_at = copy(to, std::integral_constant<int, S::SLOT_K>(), kv.k_sealed + block * kv.k_block_bytes, sizeof(KB));
                 v_at = copy(to + S::SLOT_K, std::integral_constant<int, S::SLOT_V>(), kv.v_sealed + block * kv.v_block_bytes, sizeof(VB));
             }
-            load_mean(j + 2, block2);
+            load_mean(j + 2, entry2);
             asm volatile("cp.async.commit_group;" ::: "memory");
         };
         Floats<PAIRS> base[2][2];                                  // cosines, sines at the start of the next two blocks
@@ -265,11 +268,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                 base[i][0] = *(const Floats<PAIRS> *)from, base[i][1] = *(const Floats<PAIRS> *)(from + D / 2);
             }
         };
-        int64_t next[3] = {};                                      // where blocks j + 1 .. j + 3 are
+        int next[3] = {};                                          // where blocks j + 1 .. j + 3 are
         if (mine_n > 0) {
-            const int64_t block = number(0);
-            for (int i = 0; i < 3; i++) next[i] = number(i + 1);
-            load_mean(0, block), load_mean(1, next[0]), load(0, block, next[1]), load_base(0);
+            const int first_entry = entry(0);
+            for (int i = 0; i < 3; i++) next[i] = entry(i + 1);
+            load_mean(0, first_entry), load_mean(1, next[0]), load(0, first_entry, next[1]), load_base(0);
         }
         float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
 
@@ -277,7 +280,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         for (int j = 0; j < mine_n; j++) {
             const uint32_t kb = k_at, vb = v_at;
             load(j + 1, next[0], next[2]);
-            next[0] = next[1], next[1] = next[2], next[2] = number(j + 4);
+            next[0] = next[1], next[1] = next[2], next[2] = entry(j + 4);
             asm volatile("cp.async.wait_group 1;" ::: "memory");
             __syncwarp();
             if (j % 2 == 0) {    // means of this block and the next
@@ -515,13 +518,11 @@ bool decode_codes_fit() {
     return most >= (int)(END - START);
 }
 
-template <class K, class V> static void launch_codes(DecodeArgs a) {
+template <class K, class V> static void launch_codes(const DecodeArgs &a) {
     using S = Layout<K, V>;
     static const cudaError_t allowed = cudaFuncSetAttribute(decode_codes_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
     CUDA_CHECK(allowed);
-    const int heads = a.kv.Hkv * a.chunks, rows = a.b.N;
-    a.most_parts = std::min(a.room, std::max(1, a.kv.max_blocks / (rows <= FEW_ROWS ? 8 : 1)));
-    launch(decode_codes_kernel<K, V>, dim3((unsigned)std::min<int64_t>((int64_t)rows * heads * a.most_parts, sm_count)), 32 * S::WARPS, S::BYTES, a);
+    launch(decode_codes_kernel<K, V>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, sm_count)), 32 * S::WARPS, S::BYTES, a);
 }
 template <int D> static void with_formats(const DecodeArgs &a) {
     with_format_at<D>(a.kv.k_format, [&](auto k) {

@@ -33,7 +33,7 @@ namespace cuda {
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
-constexpr int STAGES = 3;                      // of the ring: all but one are on their way while one is in work
+constexpr int STAGES = 4;                      // of the ring: all but one are on their way while one is in work
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
 constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
@@ -53,6 +53,11 @@ __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float 
 }
 __device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
+// 16 bytes; of the 256 around them the rest comes to L2, it is the next lanes'.
+__device__ inline void copy_async(uint4 *to, const f16 *from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
 template <bool NORM>
 __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
@@ -73,7 +78,7 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
 #pragma unroll
             for (int i = 0; i < 4; i++) {    // [block of 32 inputs][row g or g + 8]
                 const int k = load_step * PIECE_INPUTS + first_input + i / 2 * 32;
-                if (k < in) __pipeline_memcpy_async(mine + (stage * 4 + i) * 32, w[i % 2] + k, 16);
+                if (k < in) copy_async(mine + (stage * 4 + i) * 32, w[i % 2] + k);
             }
             if (++load_step == steps) load_step = 0, load_tile++;
         }
