@@ -33,7 +33,7 @@ namespace cuda {
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
-constexpr int STAGES = 4;                      // of the ring: all but one are on their way while one is in work
+constexpr int STAGES = 5;                      // of the ring: all but one are on their way while one is in work
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
 constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
