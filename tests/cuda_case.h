@@ -123,23 +123,3 @@ struct BothCaches {
         return e;
     }
 };
-
-// Logits (ids.size(), V) of a sequence fed rows_each tokens a step.
-inline std::vector<float> gpu_logits(const Model &m, const std::vector<int> &ids, int rows_each, const Ops &ops, const KvOptions &kv = {}) {
-    const int T = (int)ids.size(), V = m.config.vocab;
-    KvCache cache;
-    kv_cache_open(cache, ops, m.config, kv, 1, T);
-    Activations a;
-    activations_open(a, ops, m.config, std::min(rows_each, T), std::min(rows_each, T));
-    std::vector<float> logits((size_t)T * V);
-    Rows rows;
-    for (int p0 = 0; p0 < T; p0 += rows_each) {
-        rows.clear();
-        const int end = std::min(T, p0 + rows_each);
-        for (int p = p0; p < end; p++) rows.add(ids[p], 0, p, true);
-        kv_cache_reserve(cache, 0, end);
-        forward(m, cache.view, a, rows.batch(), ops);
-        ops.download(&logits[(size_t)p0 * V], a.logits, (size_t)(end - p0) * V * sizeof(float));
-    }
-    return logits;
-}

@@ -413,11 +413,11 @@ TEST_CASE("cuda: golden logits of transformers, every dtype, decode and prefill"
         std::vector<int> ids(tokens.size() / 4);
         std::vector<float> want(bytes.size() / 4);
         memcpy(ids.data(), tokens.data(), tokens.size()), memcpy(want.data(), bytes.data(), bytes.size());
-        CHECK(relative_l2(gpu_logits(m, ids, 1, *gpu), want) < 2e-3);      // as on the CPU: fp16 rows of the cache
-        CHECK(relative_l2(gpu_logits(m, ids, 7, *gpu), want) < 2e-3);
+        CHECK(relative_l2(logits_of(m, ids, 1, *gpu), want) < 2e-3);      // as on the CPU: fp16 rows of the cache
+        CHECK(relative_l2(logits_of(m, ids, 7, *gpu), want) < 2e-3);
         // Many rows: beside the keys and values, queries, weights of attention and (f16 models) activations are rounded to f16,
         // twice as many roundings of the same size.
-        CHECK(relative_l2(gpu_logits(m, ids, 80, *gpu), want) < 4e-3);
+        CHECK(relative_l2(logits_of(m, ids, 80, *gpu), want) < 4e-3);
     }
 }
 
@@ -433,20 +433,20 @@ TEST_CASE("cuda: the bundled model: logits as on the CPU, a row's bits, repeated
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b}) {
         KvOptions o;
         o.k_format = o.v_format = f;
-        const std::vector<float> cpu_side = gpu_logits(on_cpu, ids, 64, cpu_ops, o);
-        const std::vector<float> one = gpu_logits(m, ids, 1, *gpu, o), eight = gpu_logits(m, ids, 8, *gpu, o), many = gpu_logits(m, ids, 150, *gpu, o);
+        const std::vector<float> cpu_side = logits_of(on_cpu, ids, 64, cpu_ops, o);
+        const std::vector<float> one = logits_of(m, ids, 1, *gpu, o), eight = logits_of(m, ids, 8, *gpu, o), many = logits_of(m, ids, 150, *gpu, o);
         MESSAGE(std::string(kv_format_name(f)), ": relative error of logits, decode ", relative_l2(one, cpu_side), ", prefill ", relative_l2(many, cpu_side));
-        CHECK(eight == gpu_logits(m, ids, 8, *gpu, o));
-        CHECK(gpu_logits(m, ids, 1, *gpu, o) == one);
+        CHECK(eight == logits_of(m, ids, 8, *gpu, o));
+        CHECK(logits_of(m, ids, 1, *gpu, o) == one);
         Ops eager = *gpu;    // no step is recorded
         eager.replay = [](const void *, const KvView &) { return false; };
-        CHECK(gpu_logits(m, ids, 1, eager, o) == one);
-        CHECK(gpu_logits(m, ids, 150, *gpu, o) == many);
+        CHECK(logits_of(m, ids, 1, eager, o) == one);
+        CHECK(logits_of(m, ids, 150, *gpu, o) == many);
         if (f != KvFormat::f16) continue;    // a code that flips on a tie moves more than rounding does
         for (const auto *logits : {&one, &eight, &many}) CHECK(relative_l2(*logits, cpu_side) < 2e-3);
     }
     // three sequences of unequal lengths, decoded together
-    const std::vector<float> want = gpu_logits(m, ids, 1, *gpu);
+    const std::vector<float> want = logits_of(m, ids, 1, *gpu);
     const std::vector<int> lengths = {300, 70, 3};
     KvCache cache;
     kv_cache_open(cache, *gpu, m.config, {}, 3, 300);

@@ -164,8 +164,8 @@ TEST_CASE("cuda baselines: the bundled model: logits as on the CPU") {
     for (int i = 0; i < 200; i++) ids.push_back((i * 37 + i / 7) % m.config.vocab);
     for (KvFormat f : SCALARS) {
         const KvOptions o = {f, f};
-        const std::vector<float> want = gpu_logits(on_cpu, ids, 64, cpu_ops, o);
-        const std::vector<float> one = gpu_logits(m, ids, 1, *gpu, o), eight = gpu_logits(m, ids, 8, *gpu, o);
+        const std::vector<float> want = logits_of(on_cpu, ids, 64, cpu_ops, o);
+        const std::vector<float> one = logits_of(m, ids, 1, *gpu, o), eight = logits_of(m, ids, 8, *gpu, o);
         MESSAGE(std::string(kv_format_name(f)), ": relative error of logits, one row a step ", relative_l2(one, want), ", eight ", relative_l2(eight, want));
         // Steps of up to 8 rows have f32 activations (matmul.cu).  Rows differ in their last bits, so some round to another fp16
         // number, and a code that follows moves by a whole step.  Codes of the wrong layer or block move logits by tenths.

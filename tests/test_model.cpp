@@ -35,26 +35,6 @@ static Model converted(const std::string &source, const std::string &tokenizer =
     return model_open(o.output);
 }
 
-// Logits (ids.size(), V) of a sequence fed rows_each tokens a step.
-static std::vector<float> logits_of(const Model &m, const std::vector<int> &ids, int rows_each, const Ops &ops, const KvOptions &kv = {}) {
-    const int T = (int)ids.size(), V = m.config.vocab;
-    KvCache cache;
-    kv_cache_open(cache, ops, m.config, kv, 1, T);
-    Activations a;
-    activations_open(a, ops, m.config, std::min(rows_each, T), std::min(rows_each, T));
-    std::vector<float> logits((size_t)T * V);
-    Rows rows;
-    for (int p0 = 0; p0 < T; p0 += rows_each) {
-        rows.clear();
-        const int end = std::min(T, p0 + rows_each);
-        for (int p = p0; p < end; p++) rows.add(ids[p], 0, p, true);
-        kv_cache_reserve(cache, 0, end);
-        forward(m, cache.view, a, rows.batch(), ops);
-        ops.download(&logits[(size_t)p0 * V], a.logits, (size_t)(end - p0) * V * sizeof(float));
-    }
-    return logits;
-}
-
 template <class T> static std::vector<T> read_binary(const std::string &path) {
     const std::string bytes = read_file(path);
     std::vector<T> x(bytes.size() / sizeof(T));
