@@ -89,15 +89,14 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
             if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i));
             return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i);
         };
-        auto count_of = [&](int i) { return min(KV_BLOCK, pos + 1 - i * KV_BLOCK); };
-        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), a.k16 + own_row, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK, count_of(g / GROUPS)); };
+        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), a.k16 + own_row, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
         int g = begin + warp;
         if (g < end) load_keys(g);
         for (; g < end; g += F16_WARPS) {
-            const int i = g / GROUPS, t0 = g % GROUPS * GROUP;
-            tokens.load_values(rows_of(false, i), a.v16 + own_row, t0, pos - i * KV_BLOCK, count_of(i));
+            const int i = g / GROUPS, t0 = g % GROUPS * GROUP, own = pos - i * KV_BLOCK;
+            tokens.load_values(rows_of(false, i), a.v16 + own_row, t0, own);
             tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)i * D);
-            const float score = tokens.scores(kv.rope.step, t0, count_of(i));
+            const float score = tokens.scores(kv.rope.step, t0, own);
             if (g + F16_WARPS < end) load_keys(g + F16_WARPS);
             tokens.add_values(score);
         }

@@ -7,7 +7,6 @@
 
 namespace cuda {
 
-constexpr int FEW_ROWS = 8;        // up to so many rows, a row's parts do not depend on the step
 constexpr int MAX_PARTS = 128;     // of a row and kv head
 constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
@@ -130,28 +129,32 @@ template <int D, int Q> struct ExactTokens {
             }
         }
     }
-    // Tokens t0 .. of a block; rows are D apart, that of token `own` is elsewhere; tokens from count on are not there.
-    __device__ void load_keys(const f16 *rows, const f16 *own_row, int t0, int own, int count) {
+    // Tokens t0 .. of a block; rows are D apart, that of token `own` is elsewhere and the last one (beyond the block: all are there).
+    // Tokens behind it are the last one again.
+    template <int N> __device__ static void load_rows(Halves<N> (&x)[GROUP], const f16 *rows, const f16 *own_row, int t0, int own) {
+        if (t0 + GROUP <= own) {
+            rows += t0 * D;
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            const int t = min(t0 + i, count - 1);
-            const f16 *x = (t == own ? own_row : rows + t * D) + PAIRS * (threadIdx.x % 32);
-            k_lo[i] = *(const Halves<PAIRS> *)x, k_hi[i] = *(const Halves<PAIRS> *)(x + D / 2);
-        }
-    }
-    __device__ void load_values(const f16 *rows, const f16 *own_row, int t0, int own, int count) {
+            for (int i = 0; i < GROUP; i++) x[i] = *(const Halves<N> *)(rows + i * D);
+        } else
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
-            const int t = min(t0 + i, count - 1);
-            v[i] = *(const Halves<C> *)((t == own ? own_row : rows + t * D) + C * (threadIdx.x % 32));
-        }
+            for (int i = 0; i < GROUP; i++) x[i] = *(const Halves<N> *)(t0 + i >= own ? own_row : rows + (t0 + i) * D);
     }
-    __device__ float scores(const float *rope_step, int t0, int count) {
-        const int j = PAIRS * (threadIdx.x % 32);
+    __device__ void load_keys(const f16 *rows, const f16 *own_row, int t0, int own) {
+        const int c = PAIRS * (threadIdx.x % 32);
+        load_rows(k_lo, rows + c, own_row + c, t0, own);
+        load_rows(k_hi, rows + c + D / 2, own_row + c + D / 2, t0, own);
+    }
+    __device__ void load_values(const f16 *rows, const f16 *own_row, int t0, int own) {
+        const int c = C * (threadIdx.x % 32);
+        load_rows(v, rows + c, own_row + c, t0, own);
+    }
+    __device__ float scores(const float *rope_step, int t0, int own) {
+        rope_step += t0 * D + PAIRS * (threadIdx.x % 32);
         float s[SCORES];
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {
-            const float *angle = rope_step + min(t0 + i, count - 1) * D + j;
+            const float *angle = rope_step + i * D;
             const Floats<PAIRS> co = *(const Floats<PAIRS> *)angle, si = *(const Floats<PAIRS> *)(angle + D / 2);
             float lo[PAIRS], hi[PAIRS];
             widen(lo, k_lo[i]), widen(hi, k_hi[i]);
@@ -166,7 +169,7 @@ template <int D, int Q> struct ExactTokens {
         }
         float score = sums_of(s);
         for (int w = SCORES; w < 32; w *= 2) score += __shfl_xor_sync(~0u, score, w);
-        return t0 + threadIdx.x % SCORES / Q < count ? score : -INFINITY;
+        return t0 + (int)threadIdx.x % SCORES / Q <= own ? score : -INFINITY;
     }
     __device__ void add_values(float score) {
         float top = score;

@@ -26,7 +26,6 @@
 #include "mma.cuh"
 namespace cuda {
 
-constexpr int FEW_ROWS = 8;                       // steps of up to so many rows: a row has the same bits in any of them (ops.h)
 constexpr int64_t WINDOW_BYTES = 64 << 20;        // of unpacked rows, K and V, both versions
 constexpr int WINDOW_BLOCKS = 128;                // where heads are few
 

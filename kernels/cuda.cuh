@@ -15,6 +15,8 @@ namespace cuda {
 
 extern cudaStream_t stream;
 
+constexpr int FEW_ROWS = 8;    // steps of up to so many rows: a row has the same bits in any of them (ops.h)
+
 // The rows of one slot in this step: rows row..row+rows-1.
 struct SlotRows { int row, rows; };
 // Up to KV_BLOCK rows of one slot and one block of positions, so they agree on what is coded.

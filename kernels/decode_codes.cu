@@ -322,12 +322,12 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         ExactTokens<D, QUERIES> tokens;
         const int exact = n_blocks - coded, groups = (exact - 1) * GROUPS + pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
         for (int i = part + (by_block ? warp * parts : 0); i < groups; i += parts * stride) {
-            const int e = i / GROUPS, block = e < kv.sink ? e : e + coded, t0 = i % GROUPS * GROUP, count = min(KV_BLOCK, pos + 1 - block * KV_BLOCK), own = pos - block * KV_BLOCK;
+            const int e = i / GROUPS, block = e < kv.sink ? e : e + coded, t0 = i % GROUPS * GROUP, own = pos - block * KV_BLOCK;
             const int64_t rows = kv.exact_at(a.layer, slot, h, block), own_row = ((int64_t)n * kv.Hkv + h) * D;
-            tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own, count);
-            tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own, count);
+            tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own);
+            tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own);
             tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
-            tokens.add_values(tokens.scores(kv.rope.step, t0, count));
+            tokens.add_values(tokens.scores(kv.rope.step, t0, own));
         }
         float m_of[QUERIES], l_of[QUERIES];
         tokens.totals(m_of, l_of);

@@ -37,7 +37,7 @@ constexpr int STAGES = 5;                      // of the ring: all but one are o
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
 constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
-constexpr int ROUND_SUMS = MMA_ROWS * GEMV_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
+constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
 // Two numbers as high and low halves:
@@ -62,7 +62,7 @@ template <bool NORM>
 __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
     __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
-    __shared__ float squares[NORM ? MMA_WARPS : 1][GEMV_ROWS];
+    __shared__ float squares[NORM ? MMA_WARPS : 1][FEW_ROWS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + PIECE_INPUTS - 1) / PIECE_INPUTS;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
@@ -272,11 +272,11 @@ template <int R, class T, bool VECTOR> static void gemv_of(const Products &p, co
     launch(gemv_kernel<R, T, VECTOR>, dim3(ceil_div(p.tiles(TILE_ROWS<R>), GEMV_WARPS)), 32 * GEMV_WARPS, 0, p, x, N, in);
 }
 template <class T> static void gemv_type(const Products &p, const float *x, int N, int in) {
-    if (in % CHUNK) gemv_of<GEMV_ROWS, T, false>(p, x, N, in);
+    if (in % CHUNK) gemv_of<FEW_ROWS, T, false>(p, x, N, in);
     else if (N == 1) gemv_of<1, T, true>(p, x, N, in);
     else if (N == 2) gemv_of<2, T, true>(p, x, N, in);
     else if (N <= 4) gemv_of<4, T, true>(p, x, N, in);
-    else gemv_of<GEMV_ROWS, T, true>(p, x, N, in);
+    else gemv_of<FEW_ROWS, T, true>(p, x, N, in);
 }
 
 bool gemv_norms(DType type, int in) { return type == DType::f16 && in % CHUNK == 0; }
@@ -285,7 +285,7 @@ void gemv(const Products &p, DType type, const float *x, int N, int in) {
     switch (type) {
     case DType::f32: return gemv_type<float>(p, x, N, in);
     case DType::f16:
-        if (in % CHUNK) return gemv_of<GEMV_ROWS, f16, false>(p, x, N, in);
+        if (in % CHUNK) return gemv_of<FEW_ROWS, f16, false>(p, x, N, in);
         return p.norm.weight ? gemv_mma<true>(p, x, N, in) : gemv_mma<false>(p, x, N, in);
     case DType::bf16: return gemv_type<bf16>(p, x, N, in);
     }

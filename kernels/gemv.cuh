@@ -4,7 +4,6 @@
 
 namespace cuda {
 
-constexpr int GEMV_ROWS = 8;       // up to here weights are read once by our own kernels, activations stay f32
 constexpr int MAX_PRODUCTS = 3;
 
 // What a launch multiplies x with.  Outputs are counted through the matrices; for gated, which has gate and up, through one.
@@ -31,7 +30,7 @@ struct Products {
     __device__ float *result_of(Row row, int n) const { return y[row.m] + (int64_t)n * out[row.m] + row.o; }
 };
 
-// All matrices in one type; N <= GEMV_ROWS.
+// All matrices in one type; N <= FEW_ROWS.
 void gemv(const Products &p, DType type, const float *x, int N, int in);
 bool gemv_norms(DType type, int in);    // it can take the norm, too
 }    // namespace cuda

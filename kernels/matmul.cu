@@ -11,7 +11,7 @@
    Cost      Few rows: each weight is read once, 2 N flops for its 2 or 4 bytes; memory speed is the limit.
              Llama-3-8B in bf16 is 16.1 GB a step.  Many rows: 2 N in out flops; a tile of W is widened to f32 once and
              used by all rows, four rows times four outputs a turn (8 loads for 16 multiply-adds).
-   On CUDA   Up to GEMV_ROWS rows: kernels of ours at memory speed (gemv.cu), f32 activations, one order of addition for any
+   On CUDA   Up to FEW_ROWS rows: kernels of ours at memory speed (gemv.cu), f32 activations, one order of addition for any
              number of rows; products of one x are one launch, and what is done with x (norm) and with a result (add, gate)
              happens where it is.
              More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
@@ -159,7 +159,7 @@ static void gemm(float *y, const void *x, Matrix W, cudaDataType type, int N, in
 }
 
 // Rows of x in 16 bits, made once for the products that share them.
-int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > GEMV_ROWS ? (int64_t)shape.N * shape.widest * 4 : 0; }
+int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > FEW_ROWS ? (int64_t)shape.N * shape.widest * 4 : 0; }
 
 static void narrow(DType type, const float *x, int64_t n) {
     if (type == DType::f16) launch(narrow_kernel_f16, dim3(ceil_div(n, 256)), 256, 0, (f16 *)step.work, x, n);
@@ -181,7 +181,7 @@ static void gemm_narrowed(float *y, const float *x, Matrix W, int N, int in, int
 static void multiply(Products p, const Matrix *W, int n_products, const float *x, int N, int in, float *xn = nullptr) {
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && W[i].type == W[0].type;
-    const bool few = N <= GEMV_ROWS;
+    const bool few = N <= FEW_ROWS;
     if (p.norm.weight && !(few && same && gemv_norms(W[0].type, in))) {
         rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
         x = xn, p.norm = {};

@@ -115,7 +115,8 @@ int main(int argc, char **argv) {
             double bytes;
             const double us = call_us(*gpu, s, f, &bytes);
             if (f == KvFormat::f16) f16_us = us;
-            printf("%3d/%-2d %4d %3d %7d %7s %9.1f %8.0f %6.2f %7.2f\n", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, bytes / us / 1e3, bytes / us / 1e3 / read, f16_us / us);
+            printf("%3d/%-2d %4d %3d %7d %7s %9.1f %8.0f %6.2f", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, bytes / us / 1e3, bytes / us / 1e3 / read);
+            printf(f16_us > 0 ? " %7.2f\n" : "\n", f16_us / us);
             fflush(stdout);
         }
     }
