@@ -79,11 +79,13 @@ demo: all
 test: all $(BUILD)/test
 	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
 
+ANCHORS ?= ../shared/bench/decode_attention_anchors.py
 bench: all $(BUILD)/bench_attention
 	./run tests/models/books-5m.bin --bench -d 0,768
 	$(BUILD)/bench_attention
 ifeq ($(CUDA),1)
 	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) $(BUILD)/bench_decode && $(BUILD)/bench_decode; else echo "SKIPPED: no GPU, so no bench of its attention"; fi
+	@if nvidia-smi >/dev/null 2>&1 && [ -f $(ANCHORS) ] && python3 -c "import torch" 2>/dev/null; then OUT=build python3 $(ANCHORS); else echo "SKIPPED: fp16 attention of PyTorch for comparison ($(ANCHORS), a GPU and torch)"; fi
 endif
 
 clean:
