@@ -1,6 +1,6 @@
 /* matmul - activations times weight matrices: where a decode step spends its time.
 
-   matmul       y[n,o]  = sum_i x[n,i] W[o,i]        y (N,out), x (N,in) f32;  W (out,in) f32, f16 or bf16, row-major
+   matmul       y[n,o]  = sum_i x[n,i] W[o,i]        y (N,out), x (N,in) f32;  W (out,in), row-major, any DType
    matmul_add   y[n,o] += sum_i x[n,i] W[o,i]        the residual stream
    qkv          q, k, v = three products of one x
    gated        gate = silu(x Wgate^T) * (x Wup^T)   swiglu.cu has the formula's source
@@ -27,26 +27,18 @@
 #include "ops.h"
 
 #ifndef __CUDACC__
-#include "dot.h"
+#include "dot_groups.h"
 
 // ---- reference ----------------------------------------------------------------------------------------
 namespace reference {
 
-template <class T> static void matmul_of(float *y, const float *x, const T *W, int N, int in, int out) {
+void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
     for (int n = 0; n < N; n++)
         for (int o = 0; o < out; o++) {
             double sum = 0;
-            for (int i = 0; i < in; i++) sum += (double)x[(int64_t)n * in + i] * to_f32(W[(int64_t)o * in + i]);
+            for (int i = 0; i < in; i++) sum += (double)x[(int64_t)n * in + i] * weight_at(W, (int64_t)o * in + i);
             y[(int64_t)n * out + o] = (float)sum;
         }
-}
-
-void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
-    switch (W.type) {
-    case DType::f32: return matmul_of(y, x, (const float *)W.data, N, in, out);
-    case DType::f16: return matmul_of(y, x, (const f16 *)W.data, N, in, out);
-    case DType::bf16: return matmul_of(y, x, (const bf16 *)W.data, N, in, out);
-    }
 }
 }    // namespace reference
 
@@ -64,11 +56,26 @@ template <class T> static void widen(float *to, const T *from, int64_t n) {
     for (; i < n; i++) to[i] = to_f32(from[i]);
 }
 
-template <class T> static void matmul_of(float *y, const float *x, const T *W, int N, int in, int out) {
+// Rows of W from `row` on, and what is done with them.
+template <class T> struct PlainRows {
+    const T *W;
+    int64_t in;
+    PlainRows from(int64_t row) const { return {W + row * in, in}; }
+};
+template <class T> static void widen(float *to, const PlainRows<T> &W, int64_t n) { widen(to, W.W, n); }
+template <class T> static void dot(float *y, const float *x, const PlainRows<T> &W, int rows, int outs, int64_t y_stride) {
+    dot_rows(y, x, W.W, rows, outs, (int)W.in, y_stride, W.in, W.in);
+}
+static void widen(float *to, const Q8Rows &W, int64_t n) { widen_groups(to, W, n); }
+static void widen(float *to, const Q4Rows &W, int64_t n) { widen_groups(to, W, n); }
+static void dot(float *y, const float *x, const Q8Rows &W, int rows, int outs, int64_t y_stride) { dot_groups(y, x, W, rows, outs, y_stride); }
+static void dot(float *y, const float *x, const Q4Rows &W, int rows, int outs, int64_t y_stride) { dot_groups(y, x, W, rows, outs, y_stride); }
+
+template <class Rows> static void matmul_of(float *y, const float *x, const Rows &W, int N, int in, int out) {
     if (N <= FEW_ROWS) {
 #pragma omp parallel for schedule(static) if ((int64_t)N * in * out > SMALL)
         for (int o = 0; o < out; o += DOT_OUT)
-            dot_rows(y + o, x, W + (int64_t)o * in, N, std::min(DOT_OUT, out - o), in, out, in, in);
+            dot(y + o, x, W.from(o), N, std::min(DOT_OUT, out - o), out);
         return;
     }
 #pragma omp parallel if ((int64_t)N * in * out > SMALL)
@@ -78,7 +85,7 @@ template <class T> static void matmul_of(float *y, const float *x, const T *W, i
 #pragma omp for schedule(dynamic)
         for (int o = 0; o < out; o += TILE_OUT) {
             const int n_out = std::min(TILE_OUT, out - o);
-            widen(tile.data(), W + (int64_t)o * in, (int64_t)n_out * in);
+            widen(tile.data(), W.from(o), (int64_t)n_out * in);
             dot_rows(y + o, x, tile.data(), N, n_out, in, out, in, in);
         }
     }
@@ -86,9 +93,11 @@ template <class T> static void matmul_of(float *y, const float *x, const T *W, i
 
 void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
     switch (W.type) {
-    case DType::f32: return matmul_of(y, x, (const float *)W.data, N, in, out);
-    case DType::f16: return matmul_of(y, x, (const f16 *)W.data, N, in, out);
-    case DType::bf16: return matmul_of(y, x, (const bf16 *)W.data, N, in, out);
+    case DType::f32: return matmul_of(y, x, PlainRows<float>{(const float *)W.data, in}, N, in, out);
+    case DType::f16: return matmul_of(y, x, PlainRows<f16>{(const f16 *)W.data, in}, N, in, out);
+    case DType::bf16: return matmul_of(y, x, PlainRows<bf16>{(const bf16 *)W.data, in}, N, in, out);
+    case DType::q8: return matmul_of(y, x, Q8Rows{(const int8_t *)W.data, W.scale, in}, N, in, out);
+    case DType::q4: return matmul_of(y, x, Q4Rows{(const uint8_t *)W.data, W.scale, in}, N, in, out);
     }
 }
 

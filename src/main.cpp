@@ -51,7 +51,7 @@ static const char usage[] =
     "--bench   -d 0,4096        depths: tokens in the cache when decoding starts      -b 1,8   sequences at once\n"
     "          --kv f16,nsn2b   formats to compare\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
-    "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16 (default bf16)\n"
+    "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16|q8|q4 (default bf16)\n"
     "          --json           figures of --ppl and --bench as JSON\n"
     "The text goes to stdout, everything else to stderr; the last line there is JSON.  Exit code: 0, 1 bad data, 2 usage.\n";
 
@@ -195,11 +195,7 @@ static Options parse(int argc, char **argv) {
         else if (a == "--windows") o.max_windows = integer(a, value(a), 1);
         else if (a == "--bench") o.bench = true;
         else if (a == "--shape") o.shape = value(a);
-        else if (a == "--dtype") {
-            const std::string name = value(a);
-            if (name != "f32" && name != "f16" && name != "bf16") refuse("--dtype '%s': expected f32, f16 or bf16", name.c_str());
-            o.dtype = name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16, dtype_given = true;
-        }
+        else if (a == "--dtype") o.dtype = parse_dtype(value(a)), dtype_given = true;
         else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1, 1 << 28);
         else if (a == "--json") o.json = true;
         else if (a == "-ngl") refuse("-ngl: there is no split by layers; -d cuda runs the whole model on the GPU");
