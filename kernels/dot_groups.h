@@ -81,22 +81,21 @@ LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W, int6
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = splat16(0.0f);
     for (int64_t first = 0; first < groups; first += LANES) {
-        // Scales of 16 groups at once: one conversion, then a broadcasting load a group.
-        const int n = groups - first < LANES ? (int)(groups - first) : LANES;
+        // Scales of 16 groups at once: one conversion, then a broadcasting load a group.  The last 16 may repeat some.
+        const int64_t end = groups - first < LANES ? groups : first + LANES, from = end < LANES ? 0 : end - LANES;
         float s[C][LANES];
         for (int c = 0; c < C; c++) {
-            const f16 *scale = W.scale + c * groups + first;
+            const f16 *scale = W.scale + c * groups + from;
             if (R == 1) __builtin_prefetch(scale + C * groups);
-            if (n == LANES) store16(s[c], load16(scale));
+            if (groups >= LANES) store16(s[c], load16(scale));
             else
-                for (int i = 0; i < n; i++) s[c][i] = to_f32(scale[i]);
+                for (int i = 0; i < groups; i++) s[c][i] = to_f32(scale[i]);
         }
-        for (int i = 0; i < n; i++) {
-            const int64_t g = first + i;
+        for (int64_t g = first; g < end; g++) {
             if (R == 1 && g % LINE_GROUPS == 0)    // one row waits for memory: dot.h
                 for (int c = 0; c < C; c++) __builtin_prefetch(W.group(C + c, g));
             f32x16 w[C][2];
-            for (int c = 0; c < C; c++) load_group(w[c], W.group(c, g), s[c][i]);
+            for (int c = 0; c < C; c++) load_group(w[c], W.group(c, g), s[c][g - from]);
             for (int r = 0; r < R; r++)
                 for (int h = 0; h < 2; h++) {
                     const f32x16 xr = load16(x + r * in + g * GROUP + h * LANES);

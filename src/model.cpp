@@ -165,7 +165,8 @@ std::vector<TensorSpec> config_tensors(const Config &c) {
 
 DType stored_type(const TensorSpec &spec, DType type) {
     if (spec.is_norm) return DType::f32;
-    return is_grouped(type) && spec.shape.back() % GROUP != 0 ? DType::bf16 : type;
+    if (is_grouped(type) && spec.shape.back() % GROUP != 0) return DType::bf16;
+    return type == DType::q4 && (spec.name == "embed" || spec.name == "unembed") ? DType::q8 : type;
 }
 
 std::vector<StoredTensor> stored_tensors(const TensorSpec &spec, DType type) {
