@@ -124,7 +124,7 @@ void gated(float *gate, float *up, const float *x, Matrix Wgate, Matrix Wup, int
 #else
 #include <cublas_v2.h>
 #include <cuda_pipeline.h>
-#include "cuda.cuh"
+#include "groups.cuh"
 namespace cuda {
 
 constexpr int GEMV_ROWS = 8;     // up to here weights are read once by our own kernel, activations stay f32
@@ -405,6 +405,7 @@ static void gemv(const Products &g, DType type, const float *x, int N, int in) {
     case DType::f32: return gemv_type<float>(g, x, N, in);
     case DType::f16: return in % CHUNK ? gemv_type<f16>(g, x, N, in) : gemv_mma(g, x, N, in);
     case DType::bf16: return gemv_type<bf16>(g, x, N, in);
+    case DType::q8: case DType::q4: break;    // gemv_groups
     }
 }
 
@@ -439,40 +440,62 @@ static cublasHandle_t cublas() {
     return handle;
 }
 
-// y = x W^T + beta y.  Row-major, that is column-major y^T = W x^T: W^T with leading dimension in, x and y as they lie.
-static void gemm(float *y, const void *x, Matrix W, cudaDataType type, int N, int in, int out, float beta) {
+// y = x W^T + beta y, rows of y `stride` apart.  Row-major, that is column-major y^T = W x^T: W^T with leading dimension in, x and y
+// as they lie.
+static void gemm(float *y, const void *x, const void *W, cudaDataType type, int N, int in, int out, int stride, float beta) {
     const float one = 1.0f;
-    CUBLAS_CHECK(cublasGemmEx(cublas(), CUBLAS_OP_T, CUBLAS_OP_N, out, N, in, &one, W.data, type, in, x, type, in, &beta, y, CUDA_R_32F, out,
+    CUBLAS_CHECK(cublasGemmEx(cublas(), CUBLAS_OP_T, CUBLAS_OP_N, out, N, in, &one, W, type, in, x, type, in, &beta, y, CUDA_R_32F, stride,
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
 }
 
-// Rows of x in 16 bits, made once for the products that share them.
-int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > GEMV_ROWS ? (int64_t)shape.N * shape.widest * 4 : 0; }
+// Rows of x in 16 bits, made once for the products that share them; behind them a slab of q8 or q4 weights, widened to f16.
+constexpr int64_t SLAB_BYTES = (int64_t)32 << 20;    // stays in the L2 of an H100 between the two kernels that touch it
+static int64_t narrowed_bytes(int64_t n) { return ceil_div(n * 4, 256) * 256; }
+int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > GEMV_ROWS ? narrowed_bytes((int64_t)shape.N * shape.widest) + SLAB_BYTES : 0; }
+
+static void gemm_groups(float *y, Matrix W, int N, int in, int out, float beta) {
+    f16 *const slab = (f16 *)((uint8_t *)step.work + narrowed_bytes((int64_t)N * in));
+    const int rows = (int)std::min<int64_t>(out, SLAB_BYTES / sizeof(f16) / in);
+    for (int o = 0; o < out; o += rows) {
+        const int n = std::min(rows, out - o);
+        widen_groups(slab, W, o, n, in);
+        gemm(y + o, step.work, slab, CUDA_R_16F, N, in, n, out, beta);
+    }
+}
 
 static void narrow(DType type, const float *x, int64_t n) {
-    if (type == DType::f16) launch(narrow_kernel_f16, dim3(ceil_div(n, 256)), 256, 0, (f16 *)step.work, x, n);
+    if (type == DType::f16 || is_grouped(type)) launch(narrow_kernel_f16, dim3(ceil_div(n, 256)), 256, 0, (f16 *)step.work, x, n);
     if (type == DType::bf16) launch(narrow_kernel_bf16, dim3(ceil_div(n, 256)), 256, 0, (bf16 *)step.work, (bf16 *)step.work + n, x, n);
 }
 static void gemm_narrowed(float *y, const float *x, Matrix W, int N, int in, int out, float beta) {
     const bf16 *high = (const bf16 *)step.work;
     switch (W.type) {
-    case DType::f32: return gemm(y, x, W, CUDA_R_32F, N, in, out, beta);
-    case DType::f16: return gemm(y, step.work, W, CUDA_R_16F, N, in, out, beta);
+    case DType::f32: return gemm(y, x, W.data, CUDA_R_32F, N, in, out, out, beta);
+    case DType::f16: return gemm(y, step.work, W.data, CUDA_R_16F, N, in, out, out, beta);
     case DType::bf16:
-        gemm(y, high + (int64_t)N * in, W, CUDA_R_16BF, N, in, out, beta);
-        return gemm(y, high, W, CUDA_R_16BF, N, in, out, 1.0f);
+        gemm(y, high + (int64_t)N * in, W.data, CUDA_R_16BF, N, in, out, out, beta);
+        return gemm(y, high, W.data, CUDA_R_16BF, N, in, out, out, 1.0f);
+    case DType::q8: case DType::q4: return gemm_groups(y, W, N, in, out, beta);
     }
 }
 
 // ---- the ops ----
+static void few_rows(const Products &g, const Matrix *W, int n_products, const float *x, int N, int in) {
+    if (!is_grouped(W[0].type)) return gemv(g, W[0].type, x, N, in);
+    GroupProducts p = {};
+    for (int i = 0; i < n_products; i++) p.W[i] = W[i], p.y[i] = g.y[i], p.out[i] = g.out[i];
+    p.outs = g.outs, p.add = g.add, p.gated = g.gated;
+    gemv_groups(p, x, N, in);
+}
+
 // All of the products, whichever way; matrices of different types take turns.
 static void multiply(const Products &g, const Matrix *W, int n_products, const float *x, int N, int in) {
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && W[i].type == W[0].type;
-    if (N <= GEMV_ROWS && same) return gemv(g, W[0].type, x, N, in);
+    if (N <= GEMV_ROWS && same) return few_rows(g, W, n_products, x, N, in);
     for (int i = 0; i < n_products; i++) {
         if (N <= GEMV_ROWS) {
-            gemv({{W[i].data}, {g.y[i]}, {g.out[i]}, g.out[i], g.add, false}, W[i].type, x, N, in);
+            few_rows({{W[i].data}, {g.y[i]}, {g.out[i]}, g.out[i], g.add, false}, W + i, 1, x, N, in);
             continue;
         }
         if (i == 0 || W[i].type != W[i - 1].type) narrow(W[i].type, x, (int64_t)N * in);
