@@ -6,6 +6,10 @@
 #include "dot.h"
 #include "groups.h"
 
+// How far ahead of the multiply-add codes are asked for: rows are short (256 bytes at D = 512 in q4), those of the next turn would
+// come too late.
+constexpr int PREFETCH_BYTES = 4096;
+
 // Rows of one type: where a row's codes and scales begin, how far it is to the next.
 struct Q8Rows {
     const int8_t *code;
@@ -77,6 +81,7 @@ template <int R, int C, class Rows>
 LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W, int64_t y_stride) {
     constexpr int LINE_GROUPS = CACHE_LINE / Rows::GROUP_BYTES;
     const int64_t in = W.in, groups = in / GROUP;
+    const int64_t ahead = ceil_div(PREFETCH_BYTES, C * groups * Rows::GROUP_BYTES) * C;    // rows
     f32x16 sum[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = splat16(0.0f);
@@ -86,14 +91,14 @@ LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W, int6
         float s[C][LANES];
         for (int c = 0; c < C; c++) {
             const f16 *scale = W.scale + c * groups + from;
-            if (R == 1) __builtin_prefetch(scale + C * groups);
+            if (R == 1) __builtin_prefetch(scale + ahead * groups);
             if (groups >= LANES) store16(s[c], load16(scale));
             else
                 for (int i = 0; i < groups; i++) s[c][i] = to_f32(scale[i]);
         }
         for (int64_t g = first; g < end; g++) {
             if (R == 1 && g % LINE_GROUPS == 0)    // one row waits for memory: dot.h
-                for (int c = 0; c < C; c++) __builtin_prefetch(W.group(C + c, g));
+                for (int c = 0; c < C; c++) __builtin_prefetch(W.group(ahead + c, g));
             f32x16 w[C][2];
             for (int c = 0; c < C; c++) load_group(w[c], W.group(c, g), s[c][g - from]);
             for (int r = 0; r < R; r++)
