@@ -7,7 +7,7 @@
 
    Math      On the CPU every y[n,o] is one sum of 16 lanes: lane j adds the products of i = j, j + 16, ... in order, then
              the lanes are added in a fixed tree (dot.h).  Few rows and many rows use the same order, so a row's result does
-             not depend on its neighbours.
+             not depend on its neighbours.  q8 and q4 give the bits of the same weights in f32 (dot_groups.h).
    Cost      Few rows: each weight is read once, 2 N flops for its 2 or 4 bytes; memory speed is the limit.
              Llama-3-8B in bf16 is 16.1 GB a step.  Many rows: 2 N in out flops; a tile of W is widened to f32 once and
              used by all rows, four rows times four outputs a turn (8 loads for 16 multiply-adds).
@@ -17,10 +17,11 @@
              split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
              wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the
              shape, so there, and only there, a row's last bits depend on the number of rows.
+             Weights in q8 and q4: matmul_groups.cu; for many rows a slab of them at a time is widened to f16 and goes the way of f16.
              Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
              the PPL of books-5m moves by 0.037%; with two by 0.0005%.
-   Limits    in, out, N >= 1; any alignment on the CPU, weights and rows of x aligned to 16 bytes on CUDA where in is a
-             multiple of 8.  Many rows with f16 weights on CUDA: |x| < 65,520.
+   Limits    in, out, N >= 1, in a multiple of 32 for q8 and q4; any alignment on the CPU, weights and rows of x aligned to 16 bytes
+             on CUDA where in is a multiple of 8.  Many rows with f16, q8 or q4 weights on CUDA: |x| < 65,520.
    Tested by tests/test_ops.cpp, tests/test_cuda.cpp            Timed by ./run model.bin --bench                     */
 #include <algorithm>
 #include <vector>
