@@ -2,6 +2,7 @@
 #include "groups.h"
 #include <algorithm>
 #include <cmath>
+#include "simd.h"
 
 static void quantize_q8(int8_t *code, f16 *scale, const float *w) {
     float largest = 0;
@@ -19,10 +20,14 @@ static f16 round_scale(float s) {
     return to_f16(bits_to_f32((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000));    // of bf16, which has as many
 }
 
-// The codes that are nearest for 1 / scale = inverse, as numbers.
-static void round_codes(float (&q)[GROUP], const float *w, float inverse) {
+// The codes that are nearest to u * factor, as numbers.
+LANE_FUNCTION f32x16 round_codes(f32x16 u, float factor) {
     const float magic = 12582912.0f;    // 1.5 2^23: adding it rounds to an integer
-    for (int i = 0; i < GROUP; i++) q[i] = std::min(7.0f, std::max(-8.0f, (w[i] * inverse + magic) - magic));
+    for (int i = 0; i < PARTS; i++) {
+        const vn q = (u.part[i] * factor + magic) - magic, least = q < -8.0f ? -8.0f - vn{} : q;
+        u.part[i] = least > 7.0f ? 7.0f - vn{} : least;
+    }
+    return u;
 }
 
 // Weights are not spread evenly between their extremes, so the scale that reaches the largest is seldom the best.  The largest
@@ -31,24 +36,27 @@ static void round_codes(float (&q)[GROUP], const float *w, float inverse) {
 // Tried: 16 levels spaced as normal numbers are instead of evenly: 0.73 times, but tensor cores want numbers and a GPU would
 // spend twice as many instructions on a code as now.
 static void quantize_q4(uint8_t *code, f16 *scale, const float *w) {
-    float largest = 0, size = 0;
-    for (int i = 0; i < GROUP; i++)
-        if (std::fabs(w[i]) > size) largest = w[i], size = std::fabs(w[i]);
-    float best[GROUP] = {}, q[GROUP];
+    float size = 0;
+    for (int i = 0; i < GROUP; i++) size = std::max(size, std::fabs(w[i]));
     *scale = f16{0};
-    float gain = 0;    // of the best so far: sum w^2 less its squared error
-    for (int sign = -1; sign <= 1; sign += 2)
-        for (int i = 0; size >= 0x1p-100f && i < 19; i++) {
-            round_codes(q, w, sign * (6.2f + 0.125f * i) / largest);
-            float wq = 0, qq = 0;
-            for (int j = 0; j < GROUP; j++) wq += w[j] / size * q[j], qq += q[j] * q[j];
-            const f16 s = round_scale(wq / qq * size);
-            const float t = to_f32(s) / size, better = t * (2 * wq - t * qq);
-            if (better > gain || std::isinf(t)) gain = better, *scale = s, std::copy(q, q + GROUP, best);
-        }
-    const float s = to_f32(*scale);
-    if (s != 0 && std::isfinite(s) && std::isfinite(1 / s)) round_codes(best, w, 1 / s);    // the nearest for the rounded scale
-    for (int j = 0; j < 16; j++) code[j] = (uint8_t)((int)(best[j] + 8) | (int)(best[j + 16] + 8) << 4);
+    memset(code, 0x88, GROUP / 2);    // zeros
+    if (size < 0x1p-100f) return;
+    const f32x16 unit = splat16(1 / size), u[2] = {load16(w) * unit, load16(w + LANES) * unit};    // within 1
+    float best = 0;    // sum u^2 less the squared error
+    for (int i = 0; i < 38; i++) {
+        const float factor = (i % 2 ? -1 : 1) * (6.2f + 0.125f * (i / 2));
+        const f32x16 q[2] = {round_codes(u[0], factor), round_codes(u[1], factor)};
+        const float uq = sum16(u[0] * q[0] + u[1] * q[1]), qq = sum16(q[0] * q[0] + q[1] * q[1]);
+        const f16 s = round_scale(uq / qq * size);
+        const float t = to_f32(s) / size, gain = t * (2 * uq - t * qq);
+        if (std::isfinite(t) ? gain > best : best == 0) *scale = s;    // infinite only if all are
+        if (std::isfinite(t)) best = std::max(best, gain);
+    }
+    if (scale->bits == 0 || std::isinf(to_f32(*scale))) return;
+    // the nearest codes for the scale as it is written
+    float q[GROUP];
+    for (int h = 0; h < 2; h++) store16(q + h * LANES, round_codes(u[h], size / to_f32(*scale)));
+    for (int j = 0; j < 16; j++) code[j] = (uint8_t)((int)(q[j] + 8) | (int)(q[j + 16] + 8) << 4);
 }
 
 void quantize_groups(void *code, f16 *scale, DType type, const float *w, int64_t n) {

@@ -42,7 +42,7 @@ HD float weight_at(const Matrix &W, int64_t i) {
 }
 
 // n finite numbers, whole groups, become codes and scales of `type`.  A scale is infinite where a number is beyond the range,
-// 127 x 65,504 for q8, some 400,000 for q4.
+// 127 x 65,504 for q8, some 8 x 65,280 for q4.
 //   q8  the smallest f16 that reaches the largest |w| with code 127:  |w - w'| <= scale / 2
 //   q4  least squares: of 38 ways to round the group, each with the scale that serves it best, the one with the least error
 void quantize_groups(void *code, f16 *scale, DType type, const float *w, int64_t n);
