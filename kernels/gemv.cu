@@ -281,13 +281,14 @@ template <class T> static void gemv_type(const Products &p, const float *x, int 
 
 bool gemv_norms(DType type, int in) { return type == DType::f16 && in % CHUNK == 0; }
 
-void gemv(const Products &p, DType type, const float *x, int N, int in) {
-    switch (type) {
+void gemv(const Products &p, const float *x, int N, int in) {
+    switch (p.W[0].type) {
     case DType::f32: return gemv_type<float>(p, x, N, in);
     case DType::f16:
         if (in % CHUNK) return gemv_of<FEW_ROWS, f16, false>(p, x, N, in);
         return p.norm.weight ? gemv_mma<true>(p, x, N, in) : gemv_mma<false>(p, x, N, in);
     case DType::bf16: return gemv_type<bf16>(p, x, N, in);
+    case DType::q8: case DType::q4: return gemv_groups(p, x, N, in);
     }
 }
 }    // namespace cuda

@@ -1,6 +1,7 @@
 // gemv.cuh - what matmul.cu asks of gemv.cu: products of few rows.
 #pragma once
 #include "cuda.cuh"
+#include "groups.h"
 
 namespace cuda {
 
@@ -8,7 +9,7 @@ constexpr int MAX_PRODUCTS = 3;
 
 // What a launch multiplies x with.  Outputs are counted through the matrices; for gated, which has gate and up, through one.
 struct Products {
-    const void *W[MAX_PRODUCTS];
+    Matrix W[MAX_PRODUCTS];        // of one type
     float *y[MAX_PRODUCTS];
     int out[MAX_PRODUCTS];         // 0: no such product
     bool add = false, gated = false;
@@ -26,11 +27,16 @@ struct Products {
         while (row.m + 1 < MAX_PRODUCTS && row.o >= out[row.m]) row.o -= out[row.m++];
         return row;
     }
-    template <class T> __device__ const T *weights_of(Row row, int in) const { return (const T *)W[row.m] + (int64_t)row.o * in; }
+    template <class T> __device__ const T *weights_of(Row row, int in) const { return (const T *)W[row.m].data + (int64_t)row.o * in; }
     __device__ float *result_of(Row row, int n) const { return y[row.m] + (int64_t)n * out[row.m] + row.o; }
 };
 
-// All matrices in one type; N <= FEW_ROWS.
-void gemv(const Products &p, DType type, const float *x, int N, int in);
+// N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.
+void gemv(const Products &p, const float *x, int N, int in);
 bool gemv_norms(DType type, int in);    // it can take the norm, too
+
+// Weights in q8 and q4: matmul_groups.cu.
+void gemv_groups(const Products &p, const float *x, int N, int in);
+// Rows [first, first + rows) of W (.., in) become f16, to (rows, in): exactly those of q4, rounded those of q8.
+void widen_groups(f16 *to, const Matrix &W, int64_t first, int64_t rows, int in);
 }    // namespace cuda

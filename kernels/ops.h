@@ -14,13 +14,14 @@
 #include <type_traits>
 #include "base.h"
 
-enum class DType : uint8_t { f32, f16, bf16 };
-inline int dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }
+enum class DType : uint8_t { f32, f16, bf16, q8, q4 };    // q8 and q4: groups.h
+inline int dtype_size(DType t) { return t == DType::f32 ? 4 : 2; }    // bytes of a number in f32, f16 or bf16
 
 // A weight matrix W (out, in), row-major; the shape is the caller's.
 struct Matrix {
     const void *data = nullptr;
     DType type = DType::f32;
+    const f16 *scale = nullptr;    // (out, in/32), of q8 and q4
 };
 
 // What rmsnorm divides and multiplies by.

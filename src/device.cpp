@@ -29,6 +29,7 @@ void model_upload(Model &m, const Ops &ops) {
     auto move = [&](auto &p) { p = (std::decay_t<decltype(p)>)(to + ((const uint8_t *)p - from)); };
     auto move_matrix = [&](Matrix &w, int64_t rows, int64_t columns) {
         move(w.data);
+        if (w.scale) move(w.scale);
         if (w.type == DType::bf16 && ops.bf16_to_f16(const_cast<void *>(w.data), rows * columns)) w.type = DType::f16;
     };
     const bool tied = m.unembed.data == m.embed.data;

@@ -45,13 +45,14 @@ static const char usage[] =
     "          --stride N       tokens a window advances (default: windows do not overlap)\n"
     "          --no-bos         no BOS token before each window         --windows N   only the first N\n"
     "          --against F      a second cache beside it, of format F: KL divergence, difference of PPL, same top token\n"
+    "          --against-model M   beside it the weights of M, to compare dtypes; its cache is of --against, or like the first\n"
     "          --by-position    figures by position in the window\n"
     "          --decode         one token at a time, held against coded prefill\n"
     "          --needle         find a name inside sealed blocks: --windows N trials (default 20), -s seed\n"
     "--bench   -d 0,4096        depths: tokens in the cache when decoding starts      -b 1,8   sequences at once\n"
     "          --kv f16,nsn2b   formats to compare\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
-    "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16 (default bf16)\n"
+    "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16|q8|q4 (default bf16)\n"
     "          --json           figures of --ppl and --bench as JSON\n"
     "The text goes to stdout, everything else to stderr; the last line there is JSON.  Exit code: 0, 1 bad data, 2 usage.\n";
 
@@ -111,7 +112,8 @@ static unsigned ablation_flags(const std::string &option, const std::string &lis
 // What cannot be asked for together.
 static void check_measuring(const Options &o) {
     const bool with_file = !o.ppl_file.empty();
-    if (!with_file && (o.has_against || o.by_position || o.decode || o.needle)) refuse("--against, --by-position, --decode and --needle need --ppl FILE");
+    if (!with_file && (o.has_against || o.by_position || o.decode || o.needle)) refuse("--against, --against-model, --by-position, --decode and --needle need --ppl FILE");
+    if (o.needle && !o.against_model.empty()) refuse("--against-model: for --ppl without --needle");
     if (o.needle && (o.by_position || o.decode || o.stride)) refuse("--needle: --by-position, --decode and --stride have no meaning for it");
     if (o.decode && o.kv.exact_prefill) refuse("--decode: a token at a time reads sealed blocks as codes; only --prefill coded can agree with it");
     auto is_nsn = [](KvFormat f) { return strncmp(kv_format_name(f), "nsn", 3) == 0; };
@@ -185,6 +187,7 @@ static Options parse(int argc, char **argv) {
         else if (a == "--ablate") o.kv.ablate = ablation_flags(a, value(a));
         else if (a == "--ppl") o.ppl_file = value(a);
         else if (a == "--against") o.has_against = true, o.against = kv_format_from_name(value(a));
+        else if (a == "--against-model") o.against_model = value(a);
         else if (a == "--by-position") o.by_position = true;
         else if (a == "--decode") o.decode = true;
         else if (a == "--needle") o.needle = true;
@@ -195,11 +198,7 @@ static Options parse(int argc, char **argv) {
         else if (a == "--windows") o.max_windows = integer(a, value(a), 1);
         else if (a == "--bench") o.bench = true;
         else if (a == "--shape") o.shape = value(a);
-        else if (a == "--dtype") {
-            const std::string name = value(a);
-            if (name != "f32" && name != "f16" && name != "bf16") refuse("--dtype '%s': expected f32, f16 or bf16", name.c_str());
-            o.dtype = name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16, dtype_given = true;
-        }
+        else if (a == "--dtype") o.dtype = parse_dtype(value(a)), dtype_given = true;
         else if (a == "--prompt-tokens") o.bench_prompt = integer(a, value(a), 1, 1 << 28);
         else if (a == "--json") o.json = true;
         else if (a == "-ngl") refuse("-ngl: there is no split by layers; -d cuda runs the whole model on the GPU");
@@ -220,6 +219,7 @@ static Options parse(int argc, char **argv) {
     if (formats.size() > 1 && one_side) refuse("-ctk, -ctv: --kv names %zu formats for both", formats.size());
     if (o.has_prompt && batch_option) refuse("-b: for --ppl and --bench; --batch N takes a prompt a line, N at once");
     if (o.has_prompt && !o.prompt_lines && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
+    if (!o.against_model.empty() && !o.has_against) o.has_against = o.against_same_kv = true;
     check_measuring(o);
     for (size_t i = 0; i < std::max<size_t>(1, formats.size()); i++) {
         o.kvs.push_back(o.kv);
@@ -229,14 +229,15 @@ static Options parse(int argc, char **argv) {
     return o;
 }
 
+static Model weights_of_file(const std::string &path, const Ops &ops) {
+    Model m = model_open(path);
+    if (&ops != &cpu_ops) check_weights_fit(m.weights_bytes, ops);    // the CPU reads the mapped file
+    model_upload(m, ops);
+    return m;
+}
 static Model weights_of(const Options &o, const Ops &ops) {
     Config c;
-    if (o.shape.empty()) {
-        Model m = model_open(o.model);
-        if (&ops != &cpu_ops) check_weights_fit(m.weights_bytes, ops);    // the CPU reads the mapped file
-        model_upload(m, ops);
-        return m;
-    }
+    if (o.shape.empty()) return weights_of_file(o.model, ops);
     if (!shape_from_name(o.shape, &c)) refuse("--shape '%s': expected one of %s", o.shape.c_str(), SHAPE_NAMES);
     return random_weights(c, o.dtype, ops);
 }
@@ -250,7 +251,11 @@ int main(int argc, char **argv) {
         const Model m = weights_of(o, *ops);
         if (o.bench) bench(m, *ops, o, memory_before);
         else if (o.needle) needle(m, *ops, o);
-        else if (!o.ppl_file.empty()) perplexity(m, *ops, o);
+        else if (!o.ppl_file.empty() && o.against_model.empty()) perplexity(m, nullptr, *ops, o);
+        else if (!o.ppl_file.empty()) {
+            const Model against = weights_of_file(o.against_model, *ops);
+            perplexity(m, &against, *ops, o);
+        }
         else generate(m, *ops, o);
         return 0;
     } catch (const Error &e) {

@@ -9,7 +9,7 @@ void meter_open(Meter &t, const Model &m, const Ops &ops, const std::vector<KvOp
                 bool decode, bool quiet) {
     const Config &c = m.config;
     const int step_rows = (int)std::min<int64_t>(STEP_ROWS, LOGITS_BYTES / ((int64_t)c.vocab * sizeof(float)));
-    t.m = &m, t.ops = &ops;
+    t.m = t.weights[0] = t.weights[1] = &m, t.ops = &ops;
     t.n_caches = (int)kv.size(), t.slots = slots;
     t.exact_prefill = kv[0].exact_prefill;
     t.rows_each = decode ? 1 : std::max(1, std::min(context, step_rows / slots));
@@ -30,7 +30,7 @@ static void run_step(Meter &t, bool exact, const RowVisitor &visit) {
     for (int i = 0; i < t.n_caches; i++) {
         const auto start = std::chrono::steady_clock::now();
         t.cache[i].view.exact_prefill = exact;
-        forward(*t.m, t.cache[i].view, t.a, b, *t.ops);
+        forward(*t.weights[i], t.cache[i].view, t.a, b, *t.ops);
         float done;    // a step without logits is waited for too: its time belongs to this cache
         if (b.n_out > 0) t.ops->download(t.logits[i].data(), t.a.logits, b.n_out * V * sizeof(float));
         else t.ops->download(&done, t.a.x, sizeof done);

@@ -10,7 +10,7 @@ struct Sequence {
 };
 
 struct Meter {
-    const Model *m = nullptr;
+    const Model *m = nullptr, *weights[2] = {};    // weights[i]: what cache i is run with, m unless the caller sets another
     const Ops *ops = nullptr;
     int n_caches = 0, slots = 0, rows_each = 0;    // rows of a sequence in a step
     bool exact_prefill = false;

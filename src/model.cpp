@@ -2,6 +2,7 @@
 #include "model.h"
 #include <algorithm>
 #include <cmath>
+#include "groups.h"
 #include "json.h"
 
 // ---- config ---------------------------------------------------------------------------------------------------------
@@ -162,6 +163,19 @@ std::vector<TensorSpec> config_tensors(const Config &c) {
     return specs;
 }
 
+DType stored_type(const TensorSpec &spec, DType type) {
+    if (spec.is_norm) return DType::f32;
+    if (is_grouped(type) && spec.shape.back() % GROUP != 0) return DType::bf16;
+    return type == DType::q4 && (spec.name == "embed" || spec.name == "unembed") ? DType::q8 : type;
+}
+
+std::vector<StoredTensor> stored_tensors(const TensorSpec &spec, DType type) {
+    std::vector<StoredTensor> stored = {{spec.name, dtype_name(type), spec.shape}};
+    if (type == DType::q4) stored[0].shape.back() /= 2;
+    if (is_grouped(type)) stored.push_back({spec.name + ".scale", "F16", {spec.shape[0], spec.shape.back() / GROUP}});
+    return stored;
+}
+
 // All exponent bits set is NaN or infinity in all three formats.  Whole blocks are judged first: that vectorises.
 template <class Word>
 static int64_t find_exponent(const Word *data, int64_t n, Word exponent) {
@@ -178,28 +192,50 @@ int64_t find_nonfinite(const void *data, DType type, int64_t n) {
     if (type == DType::f32) return find_exponent<uint32_t>((const uint32_t *)data, n, 0x7f800000);
     return find_exponent<uint16_t>((const uint16_t *)data, n, type == DType::f16 ? 0x7c00 : 0x7f80);
 }
+int64_t find_nonfinite(const Matrix &m, int64_t n) {
+    if (!is_grouped(m.type)) return find_nonfinite(m.data, m.type, n);
+    const int64_t bad = find_nonfinite(m.scale, DType::f16, n / GROUP);
+    return bad < 0 ? -1 : bad * GROUP;
+}
 
-// The matrix or norm of one spec, checked.
-static Matrix get_tensor(const Safetensors &file, const TensorSpec &spec) {
-    const char *path = file.path.c_str(), *name = spec.name.c_str();
-    const TensorView *t = file.find(spec.name);
+// One entry of the file, checked against what it must be.
+static const TensorView &get_stored(const Safetensors &file, const StoredTensor &want) {
+    const char *path = file.path.c_str(), *name = want.name.c_str();
+    const TensorView *t = file.find(want.name);
     if (!t) fail("%s: tensor '%s': missing", path, name);
-    Matrix m;
-    if (!dtype_from_name(t->dtype, &m.type) || (spec.is_norm && m.type != DType::f32)) {
-        fail("%s: tensor '%s': dtype: expected %s, found %s", path, name, spec.is_norm ? "F32" : "F32, F16 or BF16",
-             t->dtype.c_str());
-    }
-    if (t->shape != spec.shape) {
-        fail("%s: tensor '%s': shape: expected %s, found %s", path, name, shape_text(spec.shape).c_str(),
+    if (t->dtype != want.dtype) fail("%s: tensor '%s': dtype: expected %s, found %s", path, name, want.dtype, t->dtype.c_str());
+    if (t->shape != want.shape) {
+        fail("%s: tensor '%s': shape: expected %s, found %s", path, name, shape_text(want.shape).c_str(),
              shape_text(t->shape).c_str());
     }
     if ((file.data_offset() + t->begin) % TENSOR_ALIGN != 0) {
         fail("%s: tensor '%s': expected to start on a multiple of %d bytes, found byte %llu", path, name,
              (int)TENSOR_ALIGN, (unsigned long long)(file.data_offset() + t->begin));
     }
-    m.data = t->data;
+    return *t;
+}
+
+Matrix model_tensor(const Safetensors &file, const TensorSpec &spec) {
+    const char *path = file.path.c_str(), *name = spec.name.c_str();
+    const TensorView *t = file.find(spec.name);
+    if (!t) fail("%s: tensor '%s': missing", path, name);
+    Matrix m;
+    bool known = false;
+    for (const DType type : {DType::f32, DType::f16, DType::bf16, DType::q8, DType::q4})
+        if (t->dtype == dtype_name(type)) m.type = type, known = true;
+    if (!known || (spec.is_norm && m.type != DType::f32)) {
+        fail("%s: tensor '%s': dtype: expected %s, found %s", path, name,
+             spec.is_norm ? "F32" : "F32, F16, BF16, I8 (q8) or U8 (q4)", t->dtype.c_str());
+    }
+    if (is_grouped(m.type) && spec.shape.back() % GROUP != 0) {
+        fail("%s: tensor '%s': dtype: %s is for rows of a multiple of %d, found rows of %lld", path, name,
+             t->dtype.c_str(), GROUP, (long long)spec.shape.back());
+    }
+    const std::vector<StoredTensor> stored = stored_tensors(spec, m.type);
+    m.data = get_stored(file, stored[0]).data;
+    if (stored.size() > 1) m.scale = (const f16 *)get_stored(file, stored[1]).data;
     if (spec.is_norm) {
-        const int64_t bad = find_nonfinite(m.data, m.type, t->elements());
+        const int64_t bad = find_nonfinite(m, t->elements());
         if (bad >= 0) {
             fail("%s: tensor '%s': element %lld: expected a finite number, found %g", path, name, (long long)bad,
                  ((const float *)m.data)[bad]);
@@ -239,12 +275,17 @@ Model model_open(const std::string &path) {
     }
 
     std::map<std::string, Matrix> found;
+    std::map<std::string, int64_t> bytes;    // of a matrix or norm; of its scales, counted with it, 0
     for (const TensorSpec &spec : config_tensors(c)) {
-        found[spec.name] = get_tensor(file, spec);
-        m.weights_bytes += file.find(spec.name)->bytes;
+        found[spec.name] = model_tensor(file, spec);
+        for (const StoredTensor &t : stored_tensors(spec, found[spec.name].type)) {
+            bytes[t.name] = 0;
+            bytes[spec.name] += file.find(t.name)->bytes;
+        }
+        m.weights_bytes += bytes[spec.name];
     }
     for (const auto &t : file.tensors) {
-        if (!found.count(t.first) && !is_pad(t.second)) {
+        if (!bytes.count(t.first) && !is_pad(t.second)) {
             fail("%s: tensor '%s': not expected in this model", path.c_str(), printable(t.first).c_str());
         }
     }
@@ -257,6 +298,6 @@ Model model_open(const std::string &path) {
     m.embed = found["embed"];
     m.unembed = c.tied ? m.embed : found["unembed"];
     m.out_norm = (const float *)found["out_norm"].data;
-    m.step_bytes = m.weights_bytes - (c.tied ? 0 : (int64_t)file.find("embed")->bytes);
+    m.step_bytes = m.weights_bytes - (c.tied ? 0 : bytes["embed"]);
     return m;
 }

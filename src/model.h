@@ -25,10 +25,17 @@ struct Config {
 void config_check(const Config &c, const std::string &where);
 
 // One tensor a model.bin must hold.  Names: embed, layers.N.attn_norm|wq|wk|wv|wo|ffn_norm|w_gate|w_up|w_down, out_norm,
-// unembed (absent when tied).  Matrices are (out, in), row-major, f32, f16 or bf16; norms are (dim) f32.
+// unembed (absent when tied).  Matrices are (out, in), row-major, in any DType; norms are (dim) f32.
 // Heads use the half layout: RoPE turns channels j and j + head_dim/2 together.
 struct TensorSpec { std::string name; std::vector<int64_t> shape; bool is_norm; };
 std::vector<TensorSpec> config_tensors(const Config &c);
+
+// How a model of `type` stores that tensor: norms in f32; rows that are no whole groups (groups.h) in bf16;
+// embed and unembed of q4 in q8: they are a small part of a large model, and the KL of books-46m halves.
+DType stored_type(const TensorSpec &spec, DType type);
+// The entries of the file that hold a matrix or norm of `type`: one, and for q8 and q4 another, NAME.scale.
+struct StoredTensor { std::string name; const char *dtype; std::vector<int64_t> shape; };
+std::vector<StoredTensor> stored_tensors(const TensorSpec &spec, DType type);
 
 // Config <-> the JSON text in the metadata.  Reading checks every field: present, a number of the right kind, in range,
 // consistent with the others, and known.
@@ -62,5 +69,10 @@ struct Model {
 // (build/show does that).  Fails with file, tensor, expected, found.
 Model model_open(const std::string &path);
 
-// The first of n values that is NaN or infinite, -1 if all are finite.
+// The matrix or norm of one spec in an open file, checked like model_open does.
+Matrix model_tensor(const Safetensors &file, const TensorSpec &spec);
+
+// The first of n values (f32, f16, bf16) that is NaN or infinite, -1 if all are finite.
 int64_t find_nonfinite(const void *data, DType type, int64_t n);
+// The same of n weights: of q8 and q4, the first of those that share such a scale.
+int64_t find_nonfinite(const Matrix &m, int64_t n);

@@ -35,6 +35,8 @@ struct Options {
     int max_windows = 0;             // --windows; 0 all
     bool has_against = false;
     KvFormat against = KvFormat::f16;    // --against, for keys and values
+    std::string against_model;           // --against-model: other weights for that second cache
+    bool against_same_kv = false;        // of these alone: the second cache is like the first
     bool by_position = false, decode = false, needle = false;
     bool bench = false;
     std::vector<int> depths = {0};   // --bench -d

@@ -9,6 +9,7 @@
 std::vector<KvOptions> caches_of(const Options &o) {
     std::vector<KvOptions> kv = {o.kv};
     if (o.has_against) {
+        if (o.against_same_kv) return {o.kv, o.kv};
         KvOptions against;
         against.k_format = against.v_format = o.against;
         against.exact_prefill = o.kv.exact_prefill;
@@ -90,7 +91,7 @@ struct Figures {
     double prefill_nll = 0, difference = 0, mean_distance = 0, largest = 0;
 };
 
-static Figures measure(const Model &m, const Ops &ops, const Options &o, const Protocol &p) {
+static Figures measure(const Model &m, const Model *against, const Ops &ops, const Options &o, const Protocol &p) {
     const std::vector<KvOptions> kv = caches_of(o);
     const int slots = (int)std::min<size_t>(o.batch ? o.batch : 4, p.windows.size());
     Figures f;
@@ -98,6 +99,7 @@ static Figures measure(const Model &m, const Ops &ops, const Options &o, const P
     {
         Meter t;
         meter_open(t, m, ops, kv, slots, p.longest, p.prompt, o.decode, o.json);
+        if (against) t.weights[1] = against;
         scores = score_text(t, p, o.json);
         for (int i = 0; i < t.n_caches; i++) f.tok_s[i] = t.fed / t.seconds[i], f.cache_bytes[i] = t.cache[i].bytes;
     }
@@ -136,7 +138,7 @@ static OrderedJson figures_json(const Figures &f, const Model &m, const Options 
                      {"cache_bytes", f.cache_bytes[0]}, {"kv_bytes_per_token", kv_bytes_per_token(m.config, o.kv)}, {"tok_s", f.tok_s[0]}};
     if (o.has_against) {
         const KvOptions against = caches_of(o)[1];
-        j["against"] = {{"kv", kv_pair_name(against)}, {"bits", kv_pair_bits(against, m.config)}, {"cache_bytes", f.cache_bytes[1]}, {"tok_s", f.tok_s[1]},
+        j["against"] = {{"model", o.against_model.empty() ? o.model : o.against_model}, {"kv", kv_pair_name(against)}, {"bits", kv_pair_bits(against, m.config)}, {"cache_bytes", f.cache_bytes[1]}, {"tok_s", f.tok_s[1]},
                         {"ppl", a.against_ppl.mean}, {"error", a.against_ppl.error}, {"nll", a.against_nll.mean}, {"nll_error", a.against_nll.error},
                         {"kl", a.kl.mean}, {"kl_error", a.kl.error}, {"kl_median", a.kl_median}, {"kl_p99", a.kl_p99},
                         {"ln_ratio", a.ln_ratio.mean}, {"ln_ratio_error", a.ln_ratio.error}, {"delta_ppl", a.delta_ppl.mean}, {"delta_ppl_error", a.delta_ppl.error},
@@ -164,10 +166,11 @@ static void print_figures(const Figures &f, const Model &m, const Options &o, co
            ablated.c_str(), kv_pair_bits(o.kv, m.config), o.kv.sink, o.kv.recent, (long long)f.cache_bytes[0], f.tok_s[0]);
     if (o.has_against) {
         const KvOptions against = caches_of(o)[1];
-        const std::string other = kv_pair_name(against);
+        const std::string other = (o.against_model.empty() ? "" : o.against_model + " ") + kv_pair_name(against);
         printf("against %s: PPL = %.4f +/- %.4f | nll %.6f, %.4f bits, cache %lld bytes, %.0f tok/s\n", other.c_str(), a.against_ppl.mean, a.against_ppl.error,
                a.against_nll.mean, kv_pair_bits(against, m.config), (long long)f.cache_bytes[1], f.tok_s[1]);
-        printf("KL(%s || %s) = %.6f +/- %.6f nats a token | median %.6f, 99%% %.6f\n", other.c_str(), name.c_str(), a.kl.mean, a.kl.error, a.kl_median, a.kl_p99);
+        const std::string own = (o.against_model.empty() ? "" : o.model + " ") + name;
+        printf("KL(%s || %s) = %.6f +/- %.6f nats a token | median %.6f, 99%% %.6f\n", other.c_str(), own.c_str(), a.kl.mean, a.kl.error, a.kl_median, a.kl_p99);
         printf("delta PPL = %.4f +/- %.4f | ln(PPL ratio) %.6f +/- %.6f\n", a.delta_ppl.mean, a.delta_ppl.error, a.ln_ratio.mean, a.ln_ratio.error);
         printf("same top-1 = %.3f +/- %.3f %%\n", 100 * a.same_top.mean, 100 * a.same_top.error);
     }
@@ -186,10 +189,18 @@ static void print_figures(const Figures &f, const Model &m, const Options &o, co
                f.mean_distance, f.largest);
 }
 
-void perplexity(const Model &m, const Ops &ops, const Options &o) {
+// The same tokens must mean the same, and both share the activations.
+static void check_same_shape(const Model &m, const Model &against, const Options &o) {
+    auto shape = [](const Config &c) { return std::vector<int>{c.dim, c.ffn_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.head_dim, c.vocab}; };
+    if (shape(m.config) != shape(against.config) || m.tokenizer.pieces != against.tokenizer.pieces)
+        refuse("--against-model %s: expected the shape and the tokenizer of %s", o.against_model.c_str(), o.model.c_str());
+}
+
+void perplexity(const Model &m, const Model *against, const Ops &ops, const Options &o) {
+    if (against) check_same_shape(m, *against, o);
     const Protocol p = make_protocol(m, o);
     if (p.context > m.config.max_len) fprintf(stderr, "note: -c %d is beyond the %d positions the model was trained for\n", p.context, m.config.max_len);
-    const Figures f = measure(m, ops, o, p);
+    const Figures f = measure(m, against, ops, o, p);
     if (o.json) printf("%s\n", figures_json(f, m, o, p).dump().c_str());
     else print_figures(f, m, o, p);
     if (fflush(stdout) != 0) fail("stdout: cannot write");

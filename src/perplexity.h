@@ -20,8 +20,8 @@ Protocol make_protocol(const Model &m, const Options &o);
 // Scores of the protocol's tokens in the order of the text, whatever t.slots is.  `quiet` or not, NaN logits are an error.
 std::vector<Score> score_text(Meter &t, const Protocol &p, bool quiet);
 
-// The mode --ppl.
-void perplexity(const Model &m, const Ops &ops, const Options &o);
+// The mode --ppl.  `against`: weights of --against-model, null without; refuses another shape or tokenizer.
+void perplexity(const Model &m, const Model *against, const Ops &ops, const Options &o);
 
 constexpr double DECODE_TOLERANCE = 1e-3;    // nats a token between decoding and coded prefill: the promise of --decode
 

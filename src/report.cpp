@@ -76,7 +76,7 @@ void announce_memory(const Model &m, const Ops &ops, const MemoryPlan &plan, boo
 void check_weights_fit(int64_t weights_bytes, const Ops &ops) {
     const int64_t available = ops.available();
     if (available >= 0 && weights_bytes > available)
-        fail("memory: %.1f MiB needed for the weights alone, %.1f MiB available (%s); would fit: a smaller model, or --dtype f16|bf16 when this one is f32",
+        fail("memory: %.1f MiB needed for the weights alone, %.1f MiB available (%s); would fit: a smaller model, or this one in fewer bits (--dtype q8|q4)",
              mib(weights_bytes), mib(available), ops.name);
 }
 

@@ -23,13 +23,29 @@ int dtype_bytes(const std::string &name) {
     return found == sizes.end() ? 0 : found->second;
 }
 
-const char *dtype_name(DType type) { return type == DType::f32 ? "F32" : type == DType::f16 ? "F16" : "BF16"; }
+const char *dtype_name(DType type) {
+    switch (type) {
+    case DType::f32: return "F32";
+    case DType::f16: return "F16";
+    case DType::bf16: return "BF16";
+    case DType::q8: return "I8";
+    case DType::q4: return "U8";
+    }
+    return "";
+}
 
 bool dtype_from_name(const std::string &name, DType *type) {
     for (const DType t : {DType::f32, DType::f16, DType::bf16}) {
         if (name == dtype_name(t)) { *type = t; return true; }
     }
     return false;
+}
+
+DType parse_dtype(const std::string &name) {
+    const std::pair<const char *, DType> names[] = {
+        {"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}, {"q8", DType::q8}, {"q4", DType::q4}};
+    for (const auto &n : names) if (name == n.first) return n.second;
+    refuse("--dtype '%s': expected f32, f16, bf16, q8 or q4", printable(name).c_str());
 }
 
 std::string shape_text(const std::vector<int64_t> &shape) {

@@ -44,9 +44,12 @@ Safetensors safetensors_open(const std::string &path);
 
 // Bytes of one element of a dtype by its name in the file; 0 for an unknown name.
 int dtype_bytes(const std::string &name);
-// "F32", "F16" or "BF16" for a DType and back; false for any other name.
+// "F32", "F16" or "BF16" for a DType and back; false for any other name.  The codes of q8 are "I8", those of q4 "U8": names
+// that others use for other things, so there is no way back from them.
 const char *dtype_name(DType type);
 bool dtype_from_name(const std::string &name, DType *type);
+// "f32", "f16", "bf16", "q8" or "q4" of a command line; refuses any other.
+DType parse_dtype(const std::string &name);
 // "(4096, 256)", for messages.
 std::string shape_text(const std::vector<int64_t> &shape);
 

@@ -1,7 +1,7 @@
 // cases.h - shapes and random numbers that tests and benches share.
 //
 // For every block, tile or unroll constant X of a kernel there are sizes X-1, X and X+1: LANES 16, DOT_OUT and FEW_ROWS 4,
-// ROW_TILE 16, TILE_OUT 32, KV_BLOCK 64, SEGMENT 1,024 tokens.
+// ROW_TILE 16, TILE_OUT 32, GROUP 32 (16 groups share a conversion of scales), KV_BLOCK 64, SEGMENT 1,024 tokens.
 #pragma once
 #include <cmath>
 #include <cstring>

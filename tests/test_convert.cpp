@@ -119,7 +119,7 @@ TEST_CASE("convert: dtypes round to nearest even, and the checkpoint's is the de
         for (int i = 6; i < 512; i++) CHECK(x[i] == tiny_value("model.layers.1.self_attn.q_proj.weight", i));
         CHECK(m.layers[0].attn_norm[3] == tiny_value("model.layers.0.input_layernorm.weight", 3));
     }
-    CHECK(contains(hf.convert("int8").line, "expected f32, f16 or bf16, found 'int8'"));
+    CHECK(contains(hf.convert("int8").line, "--dtype 'int8': expected f32, f16, bf16, q8 or q4"));
     for (auto &t : hf.tensors) hf.add(t.first, t.second.shape, "F16");
     REQUIRE(hf.convert().line == "");
     CHECK(model_open(hf.out).embed.type == DType::f16);

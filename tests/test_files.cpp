@@ -198,7 +198,7 @@ TEST_CASE("model.bin: edited") {
         {"norm in f16",        [](OrderedJson &h, std::string &) { h["out_norm"]["dtype"] = "F16"; h["out_norm"]["shape"] = {32}; },
                                "tensor 'out_norm': dtype: expected F32, found F16", 1},
         {"matrix of I16",      [](OrderedJson &h, std::string &) { h["layers.0.wk"]["dtype"] = "I16"; },
-                               "tensor 'layers.0.wk': dtype: expected F32, F16 or BF16, found I16", 1},
+                               "tensor 'layers.0.wk': dtype: expected F32, F16, BF16, I8 (q8) or U8 (q4), found I16", 1},
         {"matrix transposed",  [](OrderedJson &h, std::string &) { h["layers.0.wo"]["shape"] = {32, 16}; },
                                "tensor 'layers.0.wo': shape: expected (16, 32), found (32, 16)", 1},
         {"matrix flattened",   [](OrderedJson &h, std::string &) { h["layers.0.wo"]["shape"] = {512}; }, "found (512)", 1},

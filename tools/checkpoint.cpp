@@ -7,6 +7,7 @@
 #include <memory>
 #include <sys/stat.h>
 #include <unistd.h>
+#include "groups.h"
 
 // ---- files ----------------------------------------------------------------------------------------------------------
 
@@ -48,13 +49,6 @@ std::string read_text(const std::string &path, uint64_t max_bytes) {
 
 bool path_exists(const std::string &path) { return access(path.c_str(), F_OK) == 0; }
 
-DType parse_dtype(const std::string &name) {
-    if (name == "f32") return DType::f32;
-    if (name == "f16") return DType::f16;
-    if (name == "bf16") return DType::bf16;
-    refuse("dtype: expected f32, f16 or bf16, found '%s'", name.c_str());
-}
-
 // ---- writing model.bin ----------------------------------------------------------------------------------------------
 
 // FNV-1a in words of 8 bytes, the last one filled up with zeros.  It guards against a writer or a disk that goes wrong,
@@ -69,11 +63,18 @@ static uint64_t checksum(uint64_t hash, const void *data, size_t bytes) {
     return hash;
 }
 
-// n values from f32 to `type`, to nearest even.
-static void round_values(void *out, DType type, const float *in, int64_t n) {
-    if (type == DType::f32) memcpy(out, in, n * 4);
+// n values from f32 to `type`: to nearest even, or as groups.h says.
+static void round_values(void *out, f16 *scale, DType type, const float *in, int64_t n) {
+    if (is_grouped(type)) quantize_groups(out, scale, type, in, n);
+    else if (type == DType::f32) memcpy(out, in, n * 4);
     else if (type == DType::f16) for (int64_t i = 0; i < n; i++) ((f16 *)out)[i] = to_f16(in[i]);
     else for (int64_t i = 0; i < n; i++) ((bf16 *)out)[i] = to_bf16(in[i]);
+}
+
+static const char *beyond_range(DType type) {
+    return type == DType::f16   ? ", beyond the range of f16 (65504); use --dtype bf16"
+           : is_grouped(type)   ? ", beyond the range of a scale (f16); use --dtype bf16"
+                                : ", beyond the range of bf16; use --dtype f32";
 }
 
 static int64_t row_length(const TensorSpec &spec) { return spec.shape.back(); }
@@ -84,71 +85,100 @@ void model_write(const std::string &path, const Config &config, const Tokenizer 
                  const ReadRows &read_rows, const Progress &progress) {
     config_check(config, path + ": config");
     const std::vector<TensorSpec> specs = config_tensors(config);
+    // What is written, entry by entry, and the checksum of its bytes, taken in pieces of piece_bytes.
+    struct Written { std::string name; int64_t bytes, piece_bytes; uint64_t sum; };
+    std::vector<Written> entries;
     std::vector<SafetensorsWriter::Entry> plan;
-    int64_t buffer = 0;
+    int64_t buffer = 0, largest = 0;
     uint64_t total = 0, done = 0;
-    auto stored = [&](const TensorSpec &spec) { return spec.is_norm ? DType::f32 : type; };
     for (const TensorSpec &spec : specs) {
-        plan.push_back({spec.name, dtype_name(stored(spec)), spec.shape});
-        buffer = std::max(buffer, piece_rows(spec) * row_length(spec));
-        total += 2 * row_count(spec) * row_length(spec) * dtype_size(stored(spec));    // written, then read
+        const DType t = stored_type(spec, type);
+        const int64_t count = row_count(spec) * row_length(spec), piece = piece_rows(spec) * row_length(spec);
+        for (const StoredTensor &e : stored_tensors(spec, t)) {
+            const bool scales = e.name != spec.name;
+            const int64_t bytes = scales ? scale_bytes(t, count) : code_bytes(t, count);
+            plan.push_back({e.name, e.dtype, e.shape});
+            entries.push_back({e.name, bytes, scales ? bytes : code_bytes(t, piece), 0});
+            largest = std::max(largest, entries.back().piece_bytes);
+            total += 2 * bytes;    // written, then read
+        }
+        buffer = std::max(buffer, piece);
     }
     SafetensorsWriter writer(path, plan, {{"format_version", std::to_string(MODEL_FORMAT_VERSION)},
                                           {"config", config_to_json(config)},
                                           {"tokenizer", tokenizer_to_json(tokenizer)}});
     std::vector<float> values(buffer);
-    std::vector<uint8_t> rounded(buffer * 4);
-    // Calls f(first row, rows) for every piece of a tensor.
-    auto for_pieces = [&](const TensorSpec &spec, const char *verb, auto f) {
-        for (int64_t first = 0; first < row_count(spec); first += piece_rows(spec)) {
-            const int64_t n = std::min(piece_rows(spec), row_count(spec) - first);
-            f(first, n);
-            done += n * row_length(spec) * dtype_size(stored(spec));
-            progress(std::string(verb) + " " + spec.name, done, total);
-        }
+    std::vector<uint8_t> rounded(largest);
+    std::vector<f16> scales;    // of the whole matrix: they follow its codes
+    auto advance = [&](const char *verb, const std::string &name, int64_t bytes) {
+        progress(std::string(verb) + " " + name, done += bytes, total);
     };
 
-    std::vector<uint64_t> sums;
+    size_t entry = 0;
+    auto append = [&](const void *data, int64_t bytes) {
+        entries[entry].sum = checksum(entries[entry].sum, data, bytes);
+        writer.append(data, bytes);
+        advance("write", entries[entry].name, bytes);
+    };
     for (const TensorSpec &spec : specs) {
-        uint64_t sum = 0;
-        for_pieces(spec, "write", [&](int64_t first, int64_t n) {
-            const int64_t count = n * row_length(spec);
-            read_rows(spec, first, n, values.data());
-            round_values(rounded.data(), stored(spec), values.data(), count);
-            const int64_t bad = find_nonfinite(rounded.data(), stored(spec), count);
+        const DType t = stored_type(spec, type);
+        const int64_t cols = row_length(spec);
+        scales.resize(scale_bytes(t, row_count(spec) * cols) / sizeof(f16));
+        for (int64_t first = 0; first < row_count(spec); first += piece_rows(spec)) {
+            const int64_t count = std::min(piece_rows(spec), row_count(spec) - first) * cols;
+            f16 *const scale = scales.data() + scale_bytes(t, first * cols) / sizeof(f16);
+            read_rows(spec, first, count / cols, values.data());
+            int64_t bad = find_nonfinite(values.data(), DType::f32, count);
+            if (bad < 0) {
+                round_values(rounded.data(), scale, t, values.data(), count);
+                bad = find_nonfinite({rounded.data(), t, scale}, count);
+                if (bad >= 0 && is_grouped(t)) {    // which of the group
+                    auto smaller = [](float a, float b) { return std::fabs(a) < std::fabs(b); };
+                    bad = std::max_element(&values[bad], &values[bad] + GROUP, smaller) - values.data();
+                }
+            }
             if (bad >= 0) {
                 const float x = values[bad];
-                fail("tensor '%s': element %lld is %g%s", spec.name.c_str(),
-                     (long long)(first * row_length(spec) + bad), x,
-                     !std::isfinite(x) ? ", expected a finite number" :
-                     type == DType::f16   ? ", beyond the range of f16 (65504); use --dtype bf16"
-                                          : ", beyond the range of bf16; use --dtype f32");
+                fail("tensor '%s': element %lld is %g%s", spec.name.c_str(), (long long)(first * cols + bad), x,
+                     std::isfinite(x) ? beyond_range(t) : ", expected a finite number");
             }
-            const uint64_t bytes = count * dtype_size(stored(spec));
-            sum = checksum(sum, rounded.data(), bytes);
-            writer.append(rounded.data(), bytes);
-        });
-        sums.push_back(sum);
+            append(rounded.data(), code_bytes(t, count));
+        }
+        entry++;
+        if (is_grouped(t)) append(scales.data(), scales.size() * sizeof(f16)), entry++;
     }
     writer.close();
 
     // What a reader will see is compared with what was meant.
     const Model model = model_open(writer.temporary);
     const InputFile file(writer.temporary);
-    for (size_t i = 0; i < specs.size(); i++) {
-        const uint64_t begin = model.file->data_offset() + model.file->find(specs[i].name)->begin;
+    for (const Written &e : entries) {
+        const uint64_t begin = model.file->data_offset() + model.file->find(e.name)->begin;
         uint64_t sum = 0;
-        for_pieces(specs[i], "verify", [&](int64_t first, int64_t n) {
-            const uint64_t row = row_length(specs[i]) * dtype_size(stored(specs[i]));
-            file.read(rounded.data(), n * row, begin + first * row);
-            sum = checksum(sum, rounded.data(), n * row);
-        });
-        if (sum != sums[i]) {
+        for (int64_t at = 0; at < e.bytes; at += e.piece_bytes) {
+            const int64_t n = std::min(e.piece_bytes, e.bytes - at);
+            file.read(rounded.data(), n, begin + at);
+            sum = checksum(sum, rounded.data(), n);
+            advance("verify", e.name, n);
+        }
+        if (sum != e.sum) {
             fail("%s: tensor '%s': reads back as other bytes than were written; is the disk all right?", path.c_str(),
-                 specs[i].name.c_str());
+                 e.name.c_str());
         }
     }
     writer.finish();
+}
+
+std::string left_in_bf16(const Config &config, DType type) {
+    int n = 0, matrices = 0;
+    std::string first;
+    for (const TensorSpec &spec : config_tensors(config)) {
+        matrices += !spec.is_norm;
+        if (is_grouped(type) && !spec.is_norm && !is_grouped(stored_type(spec, type)) && n++ == 0)
+            first = strf("%s: rows of %lld", spec.name.c_str(), (long long)row_length(spec));
+    }
+    return n ? strf("%d of %d matrices stay in bf16: their rows are no multiple of %d (%s)", n, matrices, GROUP, first.c_str())
+             : "";
 }
 
 // ---- convert --------------------------------------------------------------------------------------------------------
@@ -190,8 +220,8 @@ static bool same_file(const std::string &a, const std::string &b) {
     return stat(a.c_str(), &x) == 0 && stat(b.c_str(), &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
-void convert(const ConvertOptions &options) {
-    const DType wanted = options.dtype.empty() ? DType::f32 : parse_dtype(options.dtype);    // before any work
+std::string convert(const ConvertOptions &options) {
+    DType type = options.dtype.empty() ? DType::f32 : parse_dtype(options.dtype);    // before any work
     Checkpoint checkpoint = checkpoint_open(options.source, options.tokenizer);
     for (const auto &t : checkpoint.tensors) {
         if (same_file(t.second.file, options.output)) {
@@ -208,6 +238,7 @@ void convert(const ConvertOptions &options) {
     if (c.bos.empty() && checkpoint.tokenizer.bos >= 0) c.bos = {checkpoint.tokenizer.bos};
     if (c.eos.empty()) c.eos = checkpoint.tokenizer.eos;
     SourceReader reader{checkpoint, {}, {}};
-    model_write(options.output, c, checkpoint.tokenizer, options.dtype.empty() ? checkpoint.type : wanted,
-                std::ref(reader), options.progress);
+    if (options.dtype.empty()) type = checkpoint.type;
+    model_write(options.output, c, checkpoint.tokenizer, type, std::ref(reader), options.progress);
+    return left_in_bf16(c, type);
 }

@@ -60,7 +60,7 @@ using ReadRows = std::function<void(const TensorSpec &spec, int64_t first, int64
 // Called after every piece; may throw to stop, then no file is left behind.
 using Progress = std::function<void(const std::string &doing, uint64_t done, uint64_t total)>;
 
-// Refuses NaN, infinity and values beyond the range of `type`, by tensor and element.  Before the file gets its name
+// Matrices in `type`, or as stored_type() says.  Refuses NaN, infinity and values beyond the range, by tensor and element.  Before the file gets its name
 // it is opened again as a model and every tensor is compared with the checksum taken on the way.
 void model_write(const std::string &path, const Config &config, const Tokenizer &tokenizer, DType type,
                  const ReadRows &read_rows, const Progress &progress);
@@ -68,9 +68,10 @@ void model_write(const std::string &path, const Config &config, const Tokenizer 
 struct ConvertOptions {
     std::string source, output;
     std::string tokenizer;    // empty: beside the weights
-    std::string dtype;        // "f32", "f16", "bf16"; empty: as in the checkpoint
+    std::string dtype;        // "f32", "f16", "bf16", "q8", "q4"; empty: as in the checkpoint
     Progress progress = [](const std::string &, uint64_t, uint64_t) {};
 };
-void convert(const ConvertOptions &options);
+std::string convert(const ConvertOptions &options);    // left_in_bf16() of what it wrote
 
-DType parse_dtype(const std::string &name);    // "f32", "f16", "bf16"
+// A sentence about the matrices that `type` is not for, empty if there are none.
+std::string left_in_bf16(const Config &config, DType type);

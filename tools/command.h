@@ -33,9 +33,10 @@ struct ProgressLine {
     }
 };
 
-inline void report_written(const std::string &path) {
+inline void report_written(const std::string &path, const std::string &note) {
     struct stat info = {};
     stat(path.c_str(), &info);
+    if (!note.empty()) fprintf(stderr, "note: %s\n", note.c_str());
     fprintf(stderr, "wrote %s (%.1f MB)\n", path.c_str(), info.st_size / 1e6);
 }
 

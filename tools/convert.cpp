@@ -3,12 +3,12 @@
 #include "command.h"
 
 static const char *USAGE =
-    "usage: convert SRC -o model.bin [--dtype f32|f16|bf16] [--tokenizer FILE]\n"
+    "usage: convert SRC -o model.bin [--dtype f32|f16|bf16|q8|q4] [--tokenizer FILE]\n"
     "\n"
     "  SRC               a Hugging Face folder (config.json, *.safetensors, tokenizer.json or tokenizer.model)\n"
     "                    or a llama2.c checkpoint (legacy or version 1)\n"
     "  -o FILE           the model to write; FORMAT.md describes it\n"
-    "  --dtype T         of the matrices; default: as in the checkpoint\n"
+    "  --dtype T         of the matrices; default: as in the checkpoint; q8 and q4: 8.5 and 4.5 bits a weight\n"
     "  --tokenizer FILE  default: the tokenizer beside the weights\n";
 
 static void run(Arguments arguments) {
@@ -25,12 +25,13 @@ static void run(Arguments arguments) {
     if (options.source.empty() || options.output.empty()) {
         refuse("expected convert SRC -o model.bin (convert --help says more)");
     }
+    std::string note;
     {
         ProgressLine progress;
         options.progress = std::ref(progress);
-        convert(options);
+        note = convert(options);
     }
-    report_written(options.output);
+    report_written(options.output, note);
 }
 
 int main(int argc, char **argv) { return run_command("convert", argc, argv, run); }

@@ -11,7 +11,7 @@
 #include "shapes.h"
 
 static const char *USAGE =
-    "usage: random_model SHAPE -o model.bin [--dtype f32|f16|bf16] [--seed N]\n"
+    "usage: random_model SHAPE -o model.bin [--dtype f32|f16|bf16|q8|q4] [--seed N]\n"
     "\n"
     "  SHAPE      llama-2-7b, llama-3-8b, llama-3.2-1b or the path of a Hugging Face config.json\n"
     "  --dtype T  of the matrices; default bf16\n"
@@ -101,7 +101,7 @@ static void run(Arguments arguments) {
         ProgressLine progress;
         model_write(output, c, tokenizer, type, rows, std::ref(progress));
     }
-    report_written(output);
+    report_written(output, left_in_bf16(c, type));
 }
 
 int main(int argc, char **argv) { return run_command("random_model", argc, argv, run); }

@@ -3,6 +3,7 @@
 #include <cinttypes>
 #include <cmath>
 #include "command.h"
+#include "groups.h"
 #include "json.h"
 #include "model.h"
 
@@ -14,20 +15,22 @@ static const char *USAGE =
 
 struct Stats { double rms = 0, max = 0; };
 
-static Stats scan(const Model &m, const TensorView &t) {
-    DType type = DType::f32;
-    dtype_from_name(t.dtype, &type);    // known: model_open checked it
-    const int64_t n = t.elements();
-    const int64_t bad = find_nonfinite(t.data, type, n);
+static int64_t count_of(const TensorSpec &spec) {
+    int64_t n = 1;
+    for (const int64_t size : spec.shape) n *= size;
+    return n;
+}
+
+static Stats scan(const Model &m, const TensorSpec &spec, const Matrix &w) {
+    const int64_t n = count_of(spec);
+    const int64_t bad = find_nonfinite(w, n);
     if (bad >= 0) {
-        fail("%s: tensor '%s': element %" PRId64 ": expected a finite number, found NaN or infinity",
-             m.file->path.c_str(), t.name.c_str(), bad);
+        fail("%s: tensor '%s': element %" PRId64 ": expected a finite number, found NaN or infinity%s",
+             m.file->path.c_str(), spec.name.c_str(), bad, w.scale ? " as its scale" : "");
     }
     Stats s;
     for (int64_t i = 0; i < n; i++) {
-        const double x = type == DType::f32   ? ((const float *)t.data)[i]
-                         : type == DType::f16 ? to_f32(((const f16 *)t.data)[i])
-                                              : to_f32(((const bf16 *)t.data)[i]);
+        const double x = weight_at(w, i);
         s.rms += x * x;
         s.max = std::max(s.max, std::fabs(x));
     }
@@ -45,7 +48,7 @@ static void show(const std::string &path) {
     const Model m = model_open(path);
     const Config &c = m.config;
     int64_t parameters = 0;
-    for (const TensorSpec &spec : config_tensors(c)) parameters += m.file->find(spec.name)->elements();
+    for (const TensorSpec &spec : config_tensors(c)) parameters += count_of(spec);
     printf("%s\n", path.c_str());
     printf("  file       %.1f MB, format version %d, from %s\n", m.file->file_bytes / 1e6, MODEL_FORMAT_VERSION,
            printable(c.dialect).c_str());
@@ -66,14 +69,21 @@ static void show(const std::string &path) {
 
     printf("\n  %-22s %-5s %-16s %14s %14s %10s %10s\n", "tensor", "dtype", "shape", "offset", "bytes", "rms",
            "max |x|");
+    size_t tensors = 0;
     for (const TensorSpec &spec : config_tensors(c)) {
-        const TensorView &t = *m.file->find(spec.name);
-        const Stats s = scan(m, t);
-        printf("  %-22s %-5s %-16s %14" PRIu64 " %14" PRIu64 " %10.4g %10.4g\n", t.name.c_str(), t.dtype.c_str(),
-               shape_text(t.shape).c_str(), m.file->data_offset() + t.begin, t.bytes, s.rms, s.max);
+        const Matrix w = model_tensor(*m.file, spec);
+        const Stats s = scan(m, spec, w);    // of the weights, which codes and scales are together
+        for (const StoredTensor &stored : stored_tensors(spec, w.type)) {
+            const TensorView &t = *m.file->find(stored.name);
+            printf("  %-22s %-5s %-16s %14" PRIu64 " %14" PRIu64, t.name.c_str(), t.dtype.c_str(),
+                   shape_text(t.shape).c_str(), m.file->data_offset() + t.begin, t.bytes);
+            if (stored.name == spec.name) printf(" %10.4g %10.4g", s.rms, s.max);
+            printf("\n");
+            tensors++;
+        }
     }
     printf("\n  checks     %zu tensors, all there, in shape, aligned to %d bytes, every value finite\n",
-           config_tensors(c).size(), (int)TENSOR_ALIGN);
+           tensors, (int)TENSOR_ALIGN);
 }
 
 static void run(Arguments arguments) {

@@ -33,5 +33,5 @@ refuses 2 "only for --bench" "$run" --shape llama-3-8b -p x
 refuses 2 "only for --bench" "$run" $model --bench --dtype f16
 refuses 2 "takes no model" "$run" $model --bench --shape llama-3-8b
 refuses 2 "expected one of llama-2-7b" "$run" --bench --shape llama-9
-refuses 2 "expected f32, f16 or bf16" "$run" --bench --shape llama-3-8b --dtype q4
+refuses 2 "expected f32, f16, bf16, q8 or q4" "$run" --bench --shape llama-3-8b --dtype q5
 exit 0

@@ -14,6 +14,12 @@ grep -q "^KL(f16/f16 || f16/f16) = 0.000000 +/- 0.000000" "$work/out" || die "KL
 grep -q "^same top-1 = 100.000 +/- 0.000 %" "$work/out" || die "same top-1 of f16 against itself"
 grep -qE "^ +128-255 +127 " "$work/out" || die "--by-position: $(cat "$work/out")"
 
+# other weights under the second cache: the same file does not differ from itself, under any cache
+for kv in f16 nsn2; do
+    ppl -c 256 --windows 1 --kv $kv --against-model $model >"$work/json" || die "--against-model"
+    [ "$(get kl against <"$work/json")" = 0.0 ] && [ "$(get kv against <"$work/json")" = $kv/$kv ] || die "--against-model: $(cat "$work/json")"
+done
+
 one=$(ppl -c 256 -b 1 | get nll) three=$(ppl -c 256 -b 3 | get nll)
 [ "$one" = "$three" ] || die "batches of 1 and 3 differ: $one $three"
 half=$(ppl -c 256 --stride 128 | get nll)
@@ -32,6 +38,9 @@ ppl -c 256 --needle --windows 2 --kv nsn2 --against f16 >"$work/json" || die "--
 [ "$(outer <"$work/json" | get trials)" = 2 ] && [ "$(get kv against <"$work/json")" = f16/f16 ] || die "--needle: $(cat "$work/json")"
 
 refuses 2 "need --ppl" "$run" $model -p x --against f16
+refuses 2 "need --ppl" "$run" $model -p x --against-model $model
+refuses 2 "without --needle" "$run" $model --ppl "$work/text" --needle --against-model $model
+refuses 1 "no/such.bin" "$run" $model --ppl "$work/text" --against-model no/such.bin
 refuses 2 "only --prefill coded can agree" "$run" $model --ppl "$work/text" --decode --prefill exact
 refuses 2 "needs a --stride below" "$run" $model --ppl "$work/text" --prefill exact
 refuses 2 "'shft': expected words of first-norm" "$run" $model --ppl "$work/text" --kv nsn2 --ablate shift,shft

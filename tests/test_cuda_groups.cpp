@@ -1,0 +1,151 @@
+// test_cuda_groups.cpp - weights in q8 and q4 on the GPU against the f64 reference.  Skips, and says so, without CUDA or a device.
+#include <cfloat>
+#include <doctest/doctest.h>
+#include "cuda_case.h"
+#include "device.h"
+#include "group_case.h"
+#include "temp_files.h"
+
+namespace reference {
+void matmul(float *y, const float *x, Matrix W, int N, int in, int out);
+}
+
+namespace {
+Rows plain_rows(int N) {
+    Rows rows;
+    for (int n = 0; n < N; n++) rows.add(n % 9, n, 0, true);
+    return rows;
+}
+struct DeviceMatrix {
+    OnDevice<uint8_t> code;
+    OnDevice<f16> scale;
+    Matrix m;
+    DeviceMatrix(const Ops &ops, const GroupMatrix &W) : code(ops, W.code), scale(ops, W.scale), m{code.p, W.m.type, scale.p} {}
+};
+constexpr int FEW_ROWS = 8;    // of matmul_groups.cu: more rows go through cuBLAS
+}    // namespace
+
+TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    double worst = 0;
+    // 64 and 128: what a warp takes at a time; 1,024 and 2,048: a step of 16 warps; 4,096 x 8: what shared memory holds of x
+    for (DType type : GROUPED)
+        for (int in : {32, 64, 96, 128, 192, 960, 1024, 1088, 1920, 2048, 2176, 4096, 4224, 8320})
+            for (int out : {1, 15, 16, 17, 33, 300})
+                for (int N : {1, 2, 3, 4, 5, 7, 8, 9, 33}) {
+                    if (in > 4096 && (out == 300 || N == 33)) continue;
+                    const GroupMatrix W((size_t)in * out, type, in * 1000 + out);
+                    std::vector<float> x = random_floats((size_t)N * in, N), want((size_t)N * out), w = W.f;
+                    const StepOn step(*gpu, plain_rows(N), 1, 8, in);
+                    const DeviceMatrix d(*gpu, W);
+                    const OnDevice<float> xs(*gpu, x), y(*gpu, (size_t)N * out);
+                    gpu->matmul(y.p, xs.p, d.m, N, in, out);
+                    const std::vector<float> got = y.host();
+                    if (N > FEW_ROWS) {    // what cuBLAS is given
+                        for (float &e : x) e = to_f32(to_f16(e));
+                        for (float &e : w) e = to_f32(to_f16(e));
+                    }
+                    reference::matmul(want.data(), x.data(), {w.data(), DType::f32}, N, in, out);
+                    INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type);
+                    // `in` additions, each off by at most 2^-23 of a partial sum (tensor cores cut off), none exceeds sum |x||w|
+                    bool within = true;
+                    for (int n = 0; n < N; n++)
+                        for (int o = 0; o < out; o++) {
+                            double size = 0;
+                            for (int i = 0; i < in; i++) size += std::fabs((double)x[(size_t)n * in + i] * w[(size_t)o * in + i]);
+                            const double error = std::fabs(got[(size_t)n * out + o] - want[(size_t)n * out + o]) / size;
+                            worst = std::max(worst, error);
+                            within = within && error <= (in + 8) * 0x1p-23;
+                        }
+                    CHECK(within);
+                }
+    MESSAGE("largest error over sum |x||w|: ", worst);
+}
+
+TEST_CASE("cuda: matmul of q8 and q4: a row of up to 8 has the same bits alone, among others, and again") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (DType type : GROUPED)
+        for (int in : {96, 2176, 4096, 14336}) {
+            const int out = 70, N = FEW_ROWS;
+            const GroupMatrix W((size_t)in * out, type, 2);
+            const DeviceMatrix d(*gpu, W);
+            const OnDevice<float> x(*gpu, random_floats((size_t)N * in, 1)), all(*gpu, (size_t)N * out), some(*gpu, (size_t)N * out);
+            const StepOn step(*gpu, plain_rows(N), 1, 8, in);
+            gpu->matmul(all.p, x.p, d.m, N, in, out);
+            const std::vector<float> want = all.host();
+            for (int rows = 1; rows <= N; rows++)
+                for (int n = 0; n + rows <= N; n += rows) {
+                    gpu->matmul(some.p, x.p + (size_t)n * in, d.m, rows, in, out);
+                    CHECK(same_bits(some.host().data(), &want[(size_t)n * out], (size_t)rows * out));
+                }
+        }
+}
+
+TEST_CASE("cuda: matmul_add, qkv, gated and embed of q8 and q4") {
+    const Ops *gpu = find_gpu();
+    if (!gpu) return;
+    for (DType type : GROUPED)
+        for (DType other : {type, DType::q8})
+            for (int in : {96, 256, 4096})
+                for (int out : {1, 8, 9, 33})
+                    for (int N : {1, 3, 8, 9}) {
+                        INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type, " ", (int)other);
+                        const int kv_out = out / 2 + 1;
+                        const GroupMatrix A((size_t)in * out, type, 1), B((size_t)in * out, other, 2);
+                        const DeviceMatrix a(*gpu, A), b(*gpu, B);
+                        const OnDevice<float> raw(*gpu, random_floats((size_t)N * in, 4)), gain(*gpu, random_floats(in, 6)), x(*gpu, raw.n), room(*gpu, raw.n);
+                        const StepOn step(*gpu, plain_rows(N), 1, 8, in);
+                        const Norm norm = {gain.p, 1e-5f};
+                        gpu->rmsnorm(x.p, raw.p, gain.p, norm.eps, N, in);
+                        auto product = [&](const Matrix &w, int outs) {
+                            const OnDevice<float> y(*gpu, (size_t)N * outs);
+                            gpu->matmul(y.p, x.p, w, N, in, outs);
+                            return y.host();
+                        };
+                        const std::vector<float> of_a = product(a.m, out), of_b = product(b.m, out), of_k = product(b.m, kv_out), old = random_floats(of_a.size(), 5);
+                        const OnDevice<float> sum(*gpu, old), q(*gpu, of_a.size()), k(*gpu, of_k.size()), v(*gpu, of_k.size()), gate(*gpu, of_a.size()), up(*gpu, of_a.size());
+                        gpu->qkv(q.p, k.p, v.p, room.p, raw.p, norm, a.m, b.m, b.m, N, in, out, kv_out);
+                        CHECK(same_bits(q.host().data(), of_a.data(), of_a.size()));
+                        CHECK(same_bits(k.host().data(), of_k.data(), of_k.size()));
+                        CHECK(same_bits(v.host().data(), of_k.data(), of_k.size()));
+                        gpu->matmul_add(sum.p, x.p, a.m, N, in, out);
+                        gpu->gated(gate.p, up.p, room.p, raw.p, norm, a.m, b.m, N, in, out);
+                        const std::vector<float> sums = sum.host(), gates = gate.host();
+                        bool added = true, within = true;
+                        for (size_t i = 0; i < of_a.size(); i++) {
+                            // cuBLAS may add old first: its sum is off by a rounding of each partial sum
+                            const double want = of_a[i] / (1.0 + std::exp(-(double)of_a[i])) * of_b[i], slack = N > FEW_ROWS ? in * 0x1p-22 : 0x1p-24;
+                            added = added && std::fabs(sums[i] - ((double)old[i] + of_a[i])) <= slack * (std::fabs(old[i]) + std::fabs(of_a[i]) + in * 0.3);
+                            within = within && std::fabs(gates[i] - want) <= 1e-6 * std::fabs(want) + FLT_MIN;
+                        }
+                        CHECK(added);
+                        CHECK(within);
+                    }
+    for (DType type : GROUPED) {
+        const GroupMatrix W(9 * 160, type, 3);
+        const DeviceMatrix d(*gpu, W);
+        const Rows rows = plain_rows(9);
+        const StepOn step(*gpu, rows, 1, 8, 160);
+        const OnDevice<float> x(*gpu, 9 * 160);
+        gpu->embed(x.p, d.m, step.b, 160);
+        CHECK(x.host() == W.f);
+    }
+}
+
+TEST_CASE("cuda: books-5m in q8 and q4: logits as on the CPU") {
+    const Ops *gpu = find_gpu();
+    if (!gpu || !have("../shared/models/books-5m")) return;
+    const TempFolder folder("cudagroups");
+    std::vector<int> ids;
+    for (int i = 0; i < 100; i++) ids.push_back((i * 37 + i / 7) % 4096);
+    for (const char *dtype : {"q8", "q4"}) {
+        REQUIRE(convert_to("../shared/models/books-5m", folder.path + dtype, dtype).code == 0);
+        const Model on_cpu = model_open(folder.path + dtype);
+        Model m = model_open(folder.path + dtype);
+        model_upload(m, *gpu);
+        const std::vector<float> want = logits_of(on_cpu, ids, 64, cpu_ops);
+        for (int rows : {1, 8, 100}) CHECK(relative_l2(logits_of(m, ids, rows, *gpu), want) < 2e-3);    // test_cuda.cpp
+    }
+}
