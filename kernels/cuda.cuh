@@ -94,6 +94,7 @@ __device__ inline void wait_for_inputs() {
 }
 extern bool starts_early;    // the device can
 extern int sm_count;
+extern int most_shared;      // bytes of shared memory that a thread block can have: 227 KiB on an H100, 99 on many others
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -29,6 +29,7 @@ namespace cuda {
 cudaStream_t stream;
 bool starts_early;
 int sm_count;
+int most_shared;
 Step step;
 
 static void forget_steps();
@@ -268,6 +269,7 @@ const Ops *cuda_ops(std::string *why_not) {
     }
     starts_early = device.major >= 9;
     sm_count = device.multiProcessorCount;
+    most_shared = (int)device.sharedMemPerBlockOptin;
     return &ops;
 }
 #endif

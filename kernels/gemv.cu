@@ -33,10 +33,11 @@ namespace cuda {
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
-constexpr int STAGES = 5;                      // of the ring: all but one are on their way while one is in work
+// Stages of the ring, of which all but one are on their way while one is in work: as many as are worth it, if they fit.
+constexpr int MOST_STAGES = 5, LEAST_STAGES = 2;
 constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
 constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
-constexpr int RING_BYTES = MMA_WARPS * STAGES * 32 * 64;
+constexpr int ring_bytes(int stages) { return MMA_WARPS * stages * 32 * 64; }
 constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
@@ -58,8 +59,8 @@ __device__ inline void copy_async(uint4 *to, const f16 *from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 
-template <bool NORM>
-__global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
+template <bool NORM, int STAGES>
+__global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
     __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
     __shared__ float squares[NORM ? MMA_WARPS : 1][FEW_ROWS];
@@ -172,10 +173,16 @@ __global__ void __launch_bounds__(32 * MMA_WARPS, 2) gemv_mma_kernel(const __gri
     }
 }
 
-template <bool NORM> static void gemv_mma(const Products &p, const float *x, int N, int in) {
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_mma_kernel<NORM>, cudaFuncAttributeMaxDynamicSharedMemorySize, RING_BYTES);
+template <bool NORM, int STAGES> static void gemv_mma(const Products &p, const float *x, int N, int in) {
+    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_mma_kernel<NORM, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(STAGES));
     CUDA_CHECK(allowed);
-    launch(gemv_mma_kernel<NORM>, dim3(std::min(sm_count, p.tiles(MMA_ROWS))), 32 * MMA_WARPS, RING_BYTES, p, x, N, in);
+    launch(gemv_mma_kernel<NORM, STAGES>, dim3(std::min(sm_count, p.tiles(MMA_ROWS))), 32 * MMA_WARPS, ring_bytes(STAGES), p, x, N, in);
+}
+static void gemv_mma(const Products &p, const float *x, int N, int in) {
+    constexpr int BESIDE = 2 * MMA_WARPS * ROUND_SUMS * (int)sizeof(float) + 1024;    // the kernel's other shared memory
+    if (most_shared >= ring_bytes(MOST_STAGES) + BESIDE)
+        return p.norm.weight ? gemv_mma<true, MOST_STAGES>(p, x, N, in) : gemv_mma<false, MOST_STAGES>(p, x, N, in);
+    p.norm.weight ? gemv_mma<true, LEAST_STAGES>(p, x, N, in) : gemv_mma<false, LEAST_STAGES>(p, x, N, in);
 }
 
 // ---- other types, and any in --------------------------------------------------------------------------------
@@ -286,7 +293,7 @@ void gemv(const Products &p, const float *x, int N, int in) {
     case DType::f32: return gemv_type<float>(p, x, N, in);
     case DType::f16:
         if (in % CHUNK) return gemv_of<FEW_ROWS, f16, false>(p, x, N, in);
-        return p.norm.weight ? gemv_mma<true>(p, x, N, in) : gemv_mma<false>(p, x, N, in);
+        return gemv_mma(p, x, N, in);
     case DType::bf16: return gemv_type<bf16>(p, x, N, in);
     case DType::q8: case DType::q4: return gemv_groups(p, x, N, in);
     }

@@ -30,7 +30,7 @@ constexpr int ROWS = 16;            // outputs of a tile; gated: 8 of gate, 8 of
 constexpr int BATCH = 2;            // tiles that share a reading of x, where x does not fit in shared memory
 constexpr int STAGE_BYTES = ROWS * 64 + ROWS * 8;    // codes, then scales, of a warp
 constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-constexpr int X_NUMBERS = 32768;    // of x in shared memory at a time: 8 rows of 4,096
+constexpr int X_NUMBERS = 32768;    // of x in shared memory at a time, at most: 8 rows of 4,096
 constexpr int PART_BYTES = WARPS * BATCH * ROWS * FEW_ROWS * (int)sizeof(float);
 static_assert(RING_BYTES + PART_BYTES + X_NUMBERS * 4 <= 227 * 1024, "the shared memory of a thread block of an H100");
 
@@ -235,17 +235,18 @@ template <DType T> __global__ void __launch_bounds__(128) gemv_groups_any_kernel
     }
 }
 
-template <DType T, bool FEW> static void launch_groups(const Products &p, const float *x, int N, int in) {
-    const int step = UNIT<T> * WARPS, most = X_NUMBERS / N / step;    // steps of which x fits
-    const size_t bytes = RING_BYTES + PART_BYTES + (size_t)std::min<int64_t>(X_NUMBERS, (int64_t)N * in) * 4;
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_groups_kernel<T, FEW>, cudaFuncAttributeMaxDynamicSharedMemorySize, RING_BYTES + PART_BYTES + X_NUMBERS * 4);
+template <DType T, bool FEW> static void launch_groups(const Products &p, const float *x, int N, int in, int numbers, int slab_steps) {
+    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_groups_kernel<T, FEW>, cudaFuncAttributeMaxDynamicSharedMemorySize, RING_BYTES + PART_BYTES + numbers * 4);
     CUDA_CHECK(allowed);
-        launch(gemv_groups_kernel<T, FEW>, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * WARPS, bytes, p, x, N, in, (int)std::min<int64_t>(most, ceil_div(in, step)));
+    const size_t bytes = RING_BYTES + PART_BYTES + (size_t)std::min<int64_t>(numbers, (int64_t)N * in) * 4;
+    launch(gemv_groups_kernel<T, FEW>, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * WARPS, bytes, p, x, N, in, slab_steps);
 }
 template <DType T> static void gemv_groups_of(const Products &p, const float *x, int N, int in) {
-    if (in % UNIT<T> != 0) launch(gemv_groups_any_kernel<T>, dim3(ceil_div(p.outs(), 4)), 128, 0, p, x, N, in);
-    else if (N <= 4) launch_groups<T, true>(p, x, N, in);
-    else launch_groups<T, false>(p, x, N, in);
+    const int numbers = std::min(X_NUMBERS, (most_shared - RING_BYTES - PART_BYTES) / 4), step = UNIT<T> * WARPS;
+    const int slab_steps = (int)std::min<int64_t>(numbers / N / step, ceil_div(in, step));    // steps whose x fits
+    if (in % UNIT<T> != 0 || slab_steps < 1) launch(gemv_groups_any_kernel<T>, dim3(ceil_div(p.outs(), 4)), 128, 0, p, x, N, in);
+    else if (N <= 4) launch_groups<T, true>(p, x, N, in, numbers, slab_steps);
+    else launch_groups<T, false>(p, x, N, in, numbers, slab_steps);
 }
 void gemv_groups(const Products &p, const float *x, int N, int in) {
     if (p.W[0].type == DType::q4) gemv_groups_of<DType::q4>(p, x, N, in);
