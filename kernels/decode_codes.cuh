@@ -1,5 +1,5 @@
-// decode_codes.cuh - what the kernels over codes share: shared memory, codebook tables, fields of a block.  decode_codes.cu says
-// what lies where.
+// decode_codes.cuh - what the kernels over codes share: shared memory, codebook tables, fields of a block, the ring of blocks, a
+// warp's part and its exact tokens.  decode_codes.cu says what lies where.
 #pragma once
 #include "attention_decode.cuh"
 
@@ -8,27 +8,36 @@ namespace cuda {
 constexpr int BLOCKS_EACH = 8;    // at least, of a part that a thread block has
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
-template <class K, class V> struct Layout {
-    static constexpr int D = K::d;
+constexpr int ONE_WARPS = 12;     // of a thread block of decode_codes_mha.cu, if they fit
+
+// Q: query heads of a kv head, at most.
+template <class K, class V, int Q> struct Layout {
+    static constexpr int D = K::d, MOST_WARPS = Q == 1 ? ONE_WARPS : CODE_WARPS;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
     // A block and what is before it in its first 16 bytes.
     static constexpr int span(int bytes) { return (bytes + (bytes % 16 ? 16 - (bytes & -bytes) : 0) + 15) / 16 * 16; }
     static constexpr int SLOT_K = span(sizeof(typename K::Block)), SLOT_V = span(sizeof(typename V::Block)), SLOT = SLOT_K + SLOT_V;
-    static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = KV_BLOCK * 16, Z = 8 * D / 2 * 4;
-    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + 4 * MEAN + 15) / 16 * 16;
+    // Means of 4 or 2 blocks are worked on together, as many come.  z, of one query then the mean scores and the weights.
+    static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
+    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
+    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + MEANS * MEAN + 15) / 16 * 16;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
-    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < CODE_WARPS ? BELOW + (int)(END - ABOVE) / WARP : CODE_WARPS;
+    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < MOST_WARPS ? BELOW + (int)(END - ABOVE) / WARP : MOST_WARPS;
     static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, QUERIES>) <= 2 * SLOT && E_BYTES / 128 + CODE_WARPS * FACTORS / 128 <= 256, "does not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * FACTORS / 128 <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
     __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
-    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - 4 * MEAN; }
+    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - MEANS * MEAN; }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
+__device__ inline uint8_t *at_address(uint32_t at) {
+    extern __shared__ __align__(1024) uint8_t shared[];    // starts there
+    return shared + (at - START);
+}
 // A number the compiler knows nothing about: constants added to it become part of the load instead of instructions.
 __device__ inline uint32_t opaque(uint32_t x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
@@ -133,6 +142,16 @@ template <int C, int WARPS> __device__ void fill_table(uint32_t table, const int
     for (int i = 0; i < EACH; i++)
         if (warp + i * WARPS < 256) store_shared(table + (warp + i * WARPS) * 256 + lane * 4, v[i]);
 }
+// Cosines and sines of tokens 0 .. 63 as fragments of an A operand: fragment k of tile i has pairs 16 (k / 2) + 4 t + 2 (k % 2) ..
+template <class S> __device__ void fill_E(const float *rope_step) {
+    constexpr int D = S::D;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < 4 * (D / 16) * 32; i += 32 * S::WARPS) {
+        const int l = i % 32, step = i / 32 % (D / 16), tile = i / 32 / (D / 16), pair = step / 2 * 16 + l % 4 * 4 + step % 2 * 2;
+        auto cos_sin = [&](int row, int j) { return pack(rope_step[(16 * tile + row) * D + j], rope_step[(16 * tile + row) * D + D / 2 + j]); };
+        store_shared(S::E(l) + i / 32 * S::FRAGMENT, Words<4>{{cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1)}});
+    }
+}
 // Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleF16 *) { return unpack(load_shared<uint32_t>(at + 4 * lane)); }
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleLog8 *) {
@@ -159,7 +178,143 @@ template <int D, int N> __device__ inline Floats<N> mean_at(uint32_t at, int c) 
     return x;
 }
 
+// ---- a warp's part ------------------------------------------------------------------------------------------
+// Part `part` of the cache of row n and kv head h, for query heads from q0 on; blocks begin, begin + stride, ... are the warp's.
+struct Part {
+    int n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, stride, warp;
+    bool by_block;    // a thread block has it, its warps take turns; else a warp
+    __device__ Part(const DecodeArgs &a, int task, bool by_block, int warps, int queries) : warp(threadIdx.x / 32), by_block(by_block) {
+        const KvView &kv = a.kv;
+        const int heads = kv.Hkv * a.chunks, head = task % heads;
+        n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks, q0 = head % a.chunks * queries;    // parts that few rows have come last
+        slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos), n_blocks) - kv.sink);
+        parts = parts_of(coded, by_block ? BLOCKS_EACH : 1, a.room), stride = by_block ? warps : 1;
+        begin = kv.sink + (int)((int64_t)coded * part / parts) + (by_block ? warp : 0);
+        const int end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
+        count = begin < end ? (end - begin + stride - 1) / stride : 0;
+    }
+};
+
+// Block j of the warp: its bytes go to slot j % 2, from the 16-byte boundary before them, while block j - 1 is worked on; the mean of
+// its keys is there earlier, when j / AHEAD * AHEAD starts.
+template <class K, class V, class S> struct BlockRing {
+    static constexpr int AHEAD = S::MEANS / 2;
+    using KB = typename K::Block;
+    using VB = typename V::Block;
+    const DecodeArgs &a;
+    const Part &part;
+    const uint32_t slots, means;
+    const int *const table;
+    uint32_t k_at = 0, v_at = 0;    // of the block that comes
+    int next[AHEAD] = {};           // numbers in the pool of the blocks after it
+
+    __device__ BlockRing(const DecodeArgs &a, const Part &part)
+        : a(a), part(part), slots(S::warp_at(part.warp)), means(S::means(part.warp)), table(a.kv.table + (int64_t)part.slot * a.kv.max_blocks + part.begin) {
+        if (part.count == 0) return;
+        const int first = entry(0);
+        for (int i = 0; i < AHEAD; i++) next[i] = entry(i + 1);
+        for (int i = 0; i < AHEAD; i++) load_mean(i, i ? next[i - 1] : first);
+        load(0, first);
+        commit();
+    }
+    // Block j is there, j + 1 comes.
+    __device__ void advance(int j) {
+        load(j + 1, next[0]);
+        load_mean(j + AHEAD, next[AHEAD - 1]);
+        commit();
+        for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
+        next[AHEAD - 1] = entry(j + 1 + AHEAD);
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ uint32_t mean(int j) const { return means + j % S::MEANS * S::MEAN; }
+    // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
+    template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const float *from = a.kv.rope.base + (int64_t)(part.begin + min(j + i, part.count - 1) * part.stride) * K::d + N * (threadIdx.x % 32);
+            base[i][0] = *(const Floats<N> *)from, base[i][1] = *(const Floats<N> *)(from + K::d / 2);
+        }
+    }
+
+  private:
+    __device__ int entry(int j) const { return table[min(j, part.count - 1) * part.stride]; }
+    __device__ int64_t number(int entry) const { return ((int64_t)a.layer * a.kv.n_blocks + entry) * a.kv.Hkv + part.h; }    // as kv.sealed_at
+    __device__ void load_mean(int j, int entry) const {
+        const int lane = threadIdx.x % 32;
+        if (j < part.count && lane < S::MEAN / 4) copy_async<4>(mean(j) + 4 * lane, a.kv.k_sealed + number(entry) * a.kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
+    }
+    template <int SPAN, int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {    // says where `from` is
+        const uint32_t before = (uint32_t)(uintptr_t)from & 15, end = before + BYTES, at_lane = threadIdx.x % 32 * 16;
+#pragma unroll
+        for (uint32_t at = 0; at < SPAN; at += 512)
+            if (at + 512 <= BYTES || at + at_lane < end) copy_async<16>(to + at + at_lane, from - before + at + at_lane);
+        return to + before;
+    }
+    __device__ void load(int j, int entry) {
+        if (j >= part.count) return;
+        const int64_t block = number(entry);
+        const uint32_t to = slots + j % 2 * S::SLOT;
+        k_at = copy<S::SLOT_K, sizeof(KB)>(to, a.kv.k_sealed + block * a.kv.k_block_bytes);
+        v_at = copy<S::SLOT_V, sizeof(VB)>(to + S::SLOT_K, a.kv.v_sealed + block * a.kv.v_block_bytes);
+    }
+    __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+};
+
+// Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
+template <class S, int Q, class Coded> __device__ void finish_warp(const DecodeArgs &a, const Part &p, float m, float l, Coded coded) {
+    constexpr int D = S::D, C = D / 32;
+    const KvView &kv = a.kv;
+    const int n_queries = min(Q, a.G - p.q0);
+    const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
+    ExactTokens<D, Q> tokens;
+    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
+    for (int i = p.part + (p.by_block ? p.warp * p.parts : 0); i < groups; i += p.parts * p.stride) {
+        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, count = min(KV_BLOCK, p.pos + 1 - block * KV_BLOCK), own = p.pos - block * KV_BLOCK;
+        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block), own_row = ((int64_t)p.n * kv.Hkv + p.h) * D;
+        tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own, count);
+        tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own, count);
+        tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
+        tokens.add_values(tokens.scores(kv.rope.step, t0, count));
+    }
+    float m_of[Q], l_of[Q];
+    tokens.totals(m_of, l_of);
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        const float m_coded = __shfl_sync(~0u, m, q), l_coded = __shfl_sync(~0u, l, q), both = fmaxf(m_of[q], m_coded);
+        const float exact_weight = merge_weight(m_of[q], both), coded_weight = merge_weight(m_coded, both);
+        m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
+        for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
+    }
+    if (!p.by_block) {
+        finish_part<D, Q>(a, first, n_queries, p.part, p.parts, m_of, l_of, tokens.o);
+        __syncwarp();    // what coded reads is used again
+        return;
+    }
+    auto result = [](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(w)); };
+    result(p.warp).put(m_of, l_of, tokens.o);
+    __syncthreads();
+    merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, S::WARPS, result);
+    __syncthreads();
+}
+
+// ---- formats ------------------------------------------------------------------------------------------------
 // Formats with codewords of `channels` channels.
 template <class Format, class = void> constexpr bool is_nsn = false;
 template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::channels)> = Format::has_code && Format::has_plain;
+// f(K{}, V{}) of the cache's formats.
+template <int D, class Function> void with_nsn_at(const KvView &kv, Function f) {
+    with_format_at<D>(kv.k_format, [&](auto k) {
+        with_format_at<D>(kv.v_format, [&](auto v) {
+            if constexpr (is_nsn<decltype(k)> && is_nsn<decltype(v)>) f(k, v);
+        });
+    });
+}
+template <class Function> void with_nsn(const KvView &kv, Function f) { kv.d == 64 ? with_nsn_at<64>(kv, f) : with_nsn_at<128>(kv, f); }
+template <class S> void launch_codes(void (*kernel)(DecodeArgs), const DecodeArgs &a) {
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);    // S: of one kernel
+    CUDA_CHECK(allowed);
+    launch(kernel, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, sm_count)), 32 * S::WARPS, S::BYTES, a);
+}
+void decode_codes_one(const DecodeArgs &a);    // decode_codes_mha.cu: G = 1
 }    // namespace cuda
