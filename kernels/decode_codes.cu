@@ -41,7 +41,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2 delta, s1
     const uint32_t weight_hi = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_lo = opaque(weight_hi + 64 - t % 2 * 128), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
-    const uint32_t E = opaque(S::E(lane));
+    const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
     fill_table<K::channels, WARPS>(TABLE, kv.k_codebook);
@@ -84,7 +84,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 uint32_t z[2][D / 8];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t mean = ring.mean(j + i);
+                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN;
                     const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     Floats<PAIRS> ml, mh;
                     for (int p = 0; p < PAIRS; p++) {

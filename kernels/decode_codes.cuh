@@ -43,6 +43,11 @@ __device__ inline uint32_t opaque(uint32_t x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
     return x;
 }
+template <class T> __device__ inline T *opaque(T *p) {    // in global memory
+    size_t x = __cvta_generic_to_global(p);
+    asm volatile("mov.u64 %0, %0;" : "+l"(x));
+    return (T *)__cvta_global_to_generic(x);
+}
 __device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
     uint32_t v;
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
@@ -83,9 +88,10 @@ template <int N> __device__ inline void store_shared(uint32_t at, const Words<N>
     if constexpr (N == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
 }
 __device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
-template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from) {
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+// Predicated: a branch for each of a block's copies costs more than they.
+template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from, bool wanted) {
+    if constexpr (BYTES == 16) asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
+    else asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
 }
 
 // ---- fields of a block --------------------------------------------------------------------------------------
@@ -201,20 +207,26 @@ template <class K, class V, class S> struct BlockRing {
     static constexpr int AHEAD = S::MEANS / 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
-    const DecodeArgs &a;
+    static_assert(S::MEAN <= 128, "a word a lane");
     const Part &part;
-    const uint32_t slots, means;
     const int *const table;
-    uint32_t k_at = 0, v_at = 0;    // of the block that comes
-    int next[AHEAD] = {};           // numbers in the pool of the blocks after it
+    const uint8_t *const k_from, *const v_from, *const mean_from;    // of number 0, the lane's bytes
+    const float *const base_from;
+    const uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
+    uint32_t k_at = 0, v_at = 0;                                     // of the block that comes
+    int next[AHEAD] = {};                                            // numbers in the pool of the blocks after it
 
     __device__ BlockRing(const DecodeArgs &a, const Part &part)
-        : a(a), part(part), slots(S::warp_at(part.warp)), means(S::means(part.warp)), table(a.kv.table + (int64_t)part.slot * a.kv.max_blocks + part.begin) {
+        : part(part), table(opaque(a.kv.table + (int64_t)part.slot * a.kv.max_blocks + part.begin)),
+          k_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, part) * sizeof(VB) + 16 * lane())),
+          mean_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + offsetof(KB, mean) + 4 * lane())),
+          base_from(opaque(a.kv.rope.base + (int64_t)part.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * sizeof(KB)), v_bytes(a.kv.Hkv * sizeof(VB)),
+          slots(opaque(S::warp_at(part.warp) + 16 * lane())), means(opaque(S::means(part.warp) + 4 * lane())) {
         if (part.count == 0) return;
-        const int first = entry(0);
+        const int number = entry(0);
         for (int i = 0; i < AHEAD; i++) next[i] = entry(i + 1);
-        for (int i = 0; i < AHEAD; i++) load_mean(i, i ? next[i - 1] : first);
-        load(0, first);
+        for (int i = 0; i < AHEAD; i++) load_mean(i, i ? next[i - 1] : number);
+        load(0, number);
         commit();
     }
     // Block j is there, j + 1 comes.
@@ -227,36 +239,36 @@ template <class K, class V, class S> struct BlockRing {
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         __syncwarp();
     }
-    __device__ uint32_t mean(int j) const { return means + j % S::MEANS * S::MEAN; }
     // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
     template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
+        static_assert(N == K::d / 64);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const float *from = a.kv.rope.base + (int64_t)(part.begin + min(j + i, part.count - 1) * part.stride) * K::d + N * (threadIdx.x % 32);
+            const float *from = base_from + (int64_t)(min(j + i, part.count - 1) * part.stride) * K::d;
             base[i][0] = *(const Floats<N> *)from, base[i][1] = *(const Floats<N> *)(from + K::d / 2);
         }
     }
 
   private:
+    __device__ static int lane() { return threadIdx.x % 32; }
+    __device__ static int64_t first(const DecodeArgs &a, const Part &part) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + part.h; }    // as kv.sealed_at
     __device__ int entry(int j) const { return table[min(j, part.count - 1) * part.stride]; }
-    __device__ int64_t number(int entry) const { return ((int64_t)a.layer * a.kv.n_blocks + entry) * a.kv.Hkv + part.h; }    // as kv.sealed_at
-    __device__ void load_mean(int j, int entry) const {
-        const int lane = threadIdx.x % 32;
-        if (j < part.count && lane < S::MEAN / 4) copy_async<4>(mean(j) + 4 * lane, a.kv.k_sealed + number(entry) * a.kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
+    __device__ void load_mean(int j, int number) const {
+        copy_async<4>(means + j % S::MEANS * S::MEAN, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
     }
-    template <int SPAN, int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {    // says where `from` is
-        const uint32_t before = (uint32_t)(uintptr_t)from & 15, end = before + BYTES, at_lane = threadIdx.x % 32 * 16;
+    // `from` and `to` are the lane's; says what of the 16 bytes is before the block.
+    template <int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {
+        const uint32_t before = (uint32_t)(uintptr_t)from & 15;
+        from -= before;
 #pragma unroll
-        for (uint32_t at = 0; at < SPAN; at += 512)
-            if (at + 512 <= BYTES || at + at_lane < end) copy_async<16>(to + at + at_lane, from - before + at + at_lane);
-        return to + before;
+        for (int at = 0; at < BYTES + 15; at += 512) copy_async<16>(to + at, from + at, at + 512 <= BYTES || at + 16 * lane() < (int)before + BYTES);
+        return before;
     }
-    __device__ void load(int j, int entry) {
+    __device__ void load(int j, int number) {
         if (j >= part.count) return;
-        const int64_t block = number(entry);
-        const uint32_t to = slots + j % 2 * S::SLOT;
-        k_at = copy<S::SLOT_K, sizeof(KB)>(to, a.kv.k_sealed + block * a.kv.k_block_bytes);
-        v_at = copy<S::SLOT_V, sizeof(VB)>(to + S::SLOT_K, a.kv.v_sealed + block * a.kv.v_block_bytes);
+        const uint32_t to = slots + j % 2 * S::SLOT, block = to - 16 * lane();
+        k_at = block + copy<sizeof(KB)>(to, k_from + (uint64_t)(uint32_t)number * k_bytes);
+        v_at = block + S::SLOT_K + copy<sizeof(VB)>(to + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes);
     }
     __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 };

@@ -11,7 +11,7 @@
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
    Memory    decode_codes.cu's, without token factors, with 8 means.  Where z was: for each of four blocks the mean scores, as a pair
              for each lane, and behind them the weights of the block at work.
-   Cost      nsn2b, d 128: 800 instructions a block, 4,464 bytes (wanted: 350 clocks).
+   Cost      nsn2b, d 128: 730 instructions a block, 4,464 bytes (wanted: 350 clocks).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include "decode_codes.cuh"
@@ -50,7 +50,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     // Of block b: (tile, token % 8, token / 8 % 2), 8 words left out between tiles 1 and 2 and after 3: 16 lanes lie in different banks.
     const uint32_t mean_store = opaque(z_at + t * S::MEAN_SCORES + 8 * g), mean_load = opaque(z_at + 64 * t + t / 2 * 32 + 8 * g);
     const uint32_t weight_store = opaque(z_at + S::WEIGHTS + 4 * lane), weight_load = opaque(z_at + S::WEIGHTS + 16 * t);
-    const uint32_t E = opaque(S::E(lane));
+    const uint32_t E = opaque(S::E(lane)), means = opaque(S::means(warp));
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
     // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
@@ -86,7 +86,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             if (j % 4 == 0) {    // means of this block and the next three
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(ring.mean(j + i), PAIRS * lane), hi = mean_at<D, PAIRS>(ring.mean(j + i), PAIRS * lane + D / 2);
+                    const uint32_t mean = means + j % 8 * S::MEAN + i * S::MEAN;
+                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     Words<PAIRS> high, low;
 #pragma unroll
                     for (int k = 0; k < PAIRS; k++) {
@@ -108,18 +109,19 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                     memcpy(z + 4 * k, &v, 16);
                 }
                 __syncwarp();
+                float c[4][4] = {};
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++) {
-                    float c[4] = {};
+                for (int k = 0; k < D / 16; k++)
 #pragma unroll
-                    for (int k = 0; k < D / 16; k++) {
+                    for (int tile = 0; tile < 4; tile++) {
                         unsigned e[4];
                         const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
                         memcpy(e, &v, 16);
-                        mma(c, e, z[2 * k], z[2 * k + 1]);
+                        mma(c[tile], e, z[2 * k], z[2 * k + 1]);
                     }
-                    store_shared(mean_store + 64 * tile + tile / 2 * 32, Words<2>{{__float_as_uint(c[0] + c[1]), __float_as_uint(c[2] + c[3])}});    // of block t
-                }
+#pragma unroll
+                for (int tile = 0; tile < 4; tile++)    // of block t
+                    store_shared(mean_store + 64 * tile + tile / 2 * 32, Words<2>{{__float_as_uint(c[tile][0] + c[tile][1]), __float_as_uint(c[tile][2] + c[tile][3])}});
                 __syncwarp();
             }
             // scores
