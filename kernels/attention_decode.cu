@@ -3,7 +3,7 @@
    Math      q . k_t = (R q) . code_t + q . RoPE_t(plain_t),   sum p_t v_t = R (sum p_t code_t) + sum p_t plain_t
    Kernels   rows    turns and scales the queries, rounds R q to 16-bit integers, and (in attend) keeps the row's keys and values
              f16     both sides fp16: this page
-             codes   both sides NSN: decode_codes.cu
+             codes   both sides NSN: decode_codes.cu, and decode_codes_mha.cu for heads with one query
              With few rows one layer of decode is these two launches, each starting while the one before it is at work.
    Work      The cache of a row and kv head is divided into parts (decode_parts); a part is a thread block's, and a warp's in
              decode_codes with many rows.  A part leaves a triple (m, l, o), the last to arrive merges them in order.

@@ -24,16 +24,14 @@
 namespace cuda {
 
 // ---- the kernel ---------------------------------------------------------------------------------------------
-template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>::WARPS, 1) decode_codes_kernel(DecodeArgs a) {
-    using S = Layout<K, V>;
+template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(DecodeArgs a) {
+    using S = Layout<K, V, QUERIES>;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, KW = K_BYTES < 4 ? 1 : K_BYTES / 4, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
     constexpr bool K8 = sizeof(typename K::Block) % 8 == 0, V8 = sizeof(typename V::Block) % 8 == 0;
     using KB = typename K::Block;
     using VB = typename V::Block;
-    extern __shared__ __align__(1024) uint8_t shared[];
-    auto at_address = [&](uint32_t at) { return shared + (at - START); };    // dynamic shared memory starts there
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t mine = S::warp_at(warp);
@@ -46,29 +44,18 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
-    fill_table<K::channels, WARPS>(TABLE, kv.k_codebook);
-    if (!S::ALIKE) fill_table<V::channels, WARPS>(TABLE + 128, kv.v_codebook);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < 4 * (D / 16) * 32; i += 32 * WARPS) {
-        const int l = i % 32, step = i / 32 % (D / 16), tile = i / 32 / (D / 16), pair = step / 2 * 16 + l % 4 * 4 + step % 2 * 2;
-        auto cos_sin = [&](int row, int j) { return pack(kv.rope.step[(16 * tile + row) * D + j], kv.rope.step[(16 * tile + row) * D + D / 2 + j]); };
-        store_shared(S::E(l) + i / 32 * S::FRAGMENT, Words<4>{{cos_sin(l / 4, pair), cos_sin(l / 4 + 8, pair), cos_sin(l / 4, pair + 1), cos_sin(l / 4 + 8, pair + 1)}});
-    }
-    __syncthreads();
+    fill_tables<K, V, S>(a);
+    prefetch_first<K, V>(a, WARPS, QUERIES);
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
-    const int heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.room, stride = by_block ? WARPS : 1, teams = gridDim.x * (by_block ? 1 : WARPS);
+    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (by_block ? 1 : WARPS);
 
     for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
-        const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
-        const int slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded_end = min(kv.coded_end(pos), n_blocks), coded = max(0, coded_end - kv.sink);
-        const int parts = parts_of(coded, by_block ? BLOCKS_EACH : 1, a.room);
-        if (part >= parts) continue;
-        const int q0 = head % a.chunks * QUERIES, n_queries = min(QUERIES, a.G - q0);
-        const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;    // of the queries
-        const int begin = kv.sink + (int)((int64_t)coded * part / parts) + (by_block ? warp : 0), end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
-        const int mine_n = begin < end ? (end - begin + stride - 1) / stride : 0;    // blocks begin, begin + stride, ...
+        const Part p(a, task, by_block, WARPS, QUERIES);
+        if (p.part >= p.parts) continue;
+        const int n_queries = min(QUERIES, a.G - p.q0);
+        const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;    // of the queries
 
         uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
         for (int i = 0; i < 2 * STEPS; i++) bq[i] = g / 2 < n_queries ? *(const uint32_t *)(a.q_code + ((first + g / 2) * 2 + g % 2) * D + D / 4 * t + 4 * i) : 0;
@@ -82,58 +69,20 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
             }
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
-        // Block number j of the warp: its bytes go to slot j % 2 from the 16-byte boundary before them, those of mean j + 2 come along.
-        uint32_t k_at = 0, v_at = 0;    // of the block that comes
-        const int *const table = kv.table + (int64_t)slot * kv.max_blocks + begin;
-        auto entry = [&](int j) { return table[min(j, mine_n - 1) * stride]; };
-        auto number = [&](int entry) { return ((int64_t)a.layer * kv.n_blocks + entry) * kv.Hkv + h; };    // as kv.sealed_at
-        auto load_mean = [&](int j, int entry) {
-            if (j < mine_n && lane < S::MEAN / 4) copy_async<4>(means + j % 4 * S::MEAN + 4 * lane, kv.k_sealed + number(entry) * kv.k_block_bytes + offsetof(KB, mean) + 4 * lane);
-        };
-        auto copy = [&](uint32_t to, auto span, const uint8_t *from, int bytes) {    // says where `from` is
-            const uint32_t before = (uint32_t)(uintptr_t)from & 15, end = before + bytes;
-#pragma unroll
-            for (uint32_t at = 0; at < (uint32_t)decltype(span)::value; at += 512)
-                if (at + 16 * lane < end) copy_async<16>(to + at + 16 * lane, from - before + at + 16 * lane);
-            return to + before;
-        };
-        auto load = [&](int j, int entry, int entry2) {
-            if (j < mine_n) {
-                const int64_t block = number(entry);
-                const uint32_t to = mine + j % 2 * S::SLOT;
-                k_at = copy(to, std::integral_constant<int, S::SLOT_K>(), kv.k_sealed + block * kv.k_block_bytes, sizeof(KB));
-                v_at = copy(to + S::SLOT_K, std::integral_constant<int, S::SLOT_V>(), kv.v_sealed + block * kv.v_block_bytes, sizeof(VB));
-            }
-            load_mean(j + 2, entry2);
-            asm volatile("cp.async.commit_group;" ::: "memory");
-        };
-        Floats<PAIRS> base[2][2];                                  // cosines, sines at the start of the next two blocks
-        auto load_base = [&](int j) {
-            for (int i = 0; i < 2; i++) {
-                const float *from = kv.rope.base + (int64_t)(begin + min(j + i, mine_n - 1) * stride) * D + PAIRS * lane;
-                base[i][0] = *(const Floats<PAIRS> *)from, base[i][1] = *(const Floats<PAIRS> *)(from + D / 2);
-            }
-        };
-        int next[3] = {};                                          // where blocks j + 1 .. j + 3 are
-        if (mine_n > 0) {
-            const int first_entry = entry(0);
-            for (int i = 0; i < 3; i++) next[i] = entry(i + 1);
-            load_mean(0, first_entry), load_mean(1, next[0]), load(0, first_entry, next[1]), load_base(0);
-        }
+        BlockRing<K, V, S> ring(a, p);
+        Floats<PAIRS> base[2][2];                                  // of the next two blocks
+        if (p.count > 0) ring.load_base(base, 0);
         float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
 
 #pragma unroll 1
-        for (int j = 0; j < mine_n; j++) {
-            const uint32_t kb = k_at, vb = v_at;
-            load(j + 1, next[0], next[2]);
-            next[0] = next[1], next[1] = next[2], next[2] = entry(j + 4);
-            asm volatile("cp.async.wait_group 1;" ::: "memory");
-            __syncwarp();
+        for (int j = 0; j < p.count; j++) {
+            const uint32_t kb = ring.k_at, vb = ring.v_at;
+            ring.advance(j);
             if (j % 2 == 0) {    // means of this block and the next
                 uint32_t z[2][D / 8];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t mean = means + (j + i) % 4 * S::MEAN;
+                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN;
                     const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     Floats<PAIRS> ml, mh;
                     for (int p = 0; p < PAIRS; p++) {
@@ -160,20 +109,25 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
                     }
                     __syncwarp();
                 }
-                if (j + 2 < mine_n) load_base(j + 2);
+                if (j + 2 < p.count) ring.load_base(base, j + 2);
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++) {
-                    float c[2][4] = {};
+                for (int tile = 0; tile < 4; tile += 2) {    // two at a time: four sums that do not wait for each other
+                    float c[2][2][4] = {};
 #pragma unroll
-                    for (int k = 0; k < D / 16; k++) {
-                        unsigned e[4];
-                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
-                        memcpy(e, &v, 16);
-                        mma(c[0], e, z[0][2 * k], z[0][2 * k + 1]);
-                        mma(c[1], e, z[1][2 * k], z[1][2 * k + 1]);
+                    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            unsigned e[4];
+                            const uint4 v = load_shared<uint4>(E + ((tile + i) * (D / 16) + k) * S::FRAGMENT);
+                            memcpy(e, &v, 16);
+                            mma(c[i][0], e, z[0][2 * k], z[0][2 * k + 1]);
+                            mma(c[i][1], e, z[1][2 * k], z[1][2 * k + 1]);
+                        }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        mean_score[2 * (tile + i)] = c[i][0][0] + c[i][0][1], mean_score[2 * (tile + i) + 1] = c[i][0][2] + c[i][0][3];
+                        mean_score2[2 * (tile + i)] = c[i][1][0] + c[i][1][1], mean_score2[2 * (tile + i) + 1] = c[i][1][2] + c[i][1][3];
                     }
-                    mean_score[2 * tile] = c[0][0] + c[0][1], mean_score[2 * tile + 1] = c[0][2] + c[0][3];
-                    mean_score2[2 * tile] = c[1][0] + c[1][1], mean_score2[2 * tile + 1] = c[1][2] + c[1][3];
                 }
             } else
                 for (int i = 0; i < 8; i++) mean_score[i] = mean_score2[i];
@@ -318,63 +272,15 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V>:
         for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c] * rsqrtf((float)D);
         __syncwarp();
 
-        // Exact tokens, then both together.
-        ExactTokens<D, QUERIES> tokens;
-        const int exact = n_blocks - coded, groups = (exact - 1) * GROUPS + pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
-        for (int i = part + (by_block ? warp * parts : 0); i < groups; i += parts * stride) {
-            const int e = i / GROUPS, block = e < kv.sink ? e : e + coded, t0 = i % GROUPS * GROUP, own = pos - block * KV_BLOCK;
-            const int64_t rows = kv.exact_at(a.layer, slot, h, block), own_row = ((int64_t)n * kv.Hkv + h) * D;
-            tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own);
-            tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own);
-            tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
-            tokens.add_values(tokens.scores(kv.rope.step, t0, own));
-        }
-        float m_of[QUERIES], l_of[QUERIES];
-        tokens.totals(m_of, l_of);
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) {
-            const float m_coded = __shfl_sync(~0u, m, q), l_coded = __shfl_sync(~0u, l, q), both = fmaxf(m_of[q], m_coded);
-            const float exact_weight = merge_weight(m_of[q], both), coded_weight = merge_weight(m_coded, both);
-            m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
-            for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + (result.o[q][C * lane + c] + plain[q][c]) * coded_weight;
-        }
-        if (!by_block) {
-            finish_part<D, QUERIES>(a, first, n_queries, part, parts, m_of, l_of, tokens.o);
-            __syncwarp();    // result is read before the next part's blocks come
-            continue;
-        }
-        result.put(m_of, l_of, tokens.o);
-        __syncthreads();
-        merge_warps<D, QUERIES>(a, first, n_queries, part, parts, WARPS, [&](int w) -> const WarpResult<D, QUERIES> & { return *(const WarpResult<D, QUERIES> *)at_address(S::warp_at(w)); });
-        __syncthreads();
+        finish_warp<S, QUERIES>(a, p, m, l, [&](int q, int c) { return result.o[q][C * lane + c] + plain[q][c]; });
     }
 }
 
-bool decode_codes_fit() {
-    static const int most = [] {
-        int bytes = 0, device = 0;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-        return bytes;
-    }();
-    return most >= (int)(END - START);
-}
+bool decode_codes_fit() { return most_shared >= (int)(END - START); }
 
-template <class K, class V> static void launch_codes(const DecodeArgs &a) {
-    using S = Layout<K, V>;
-    static const cudaError_t allowed = cudaFuncSetAttribute(decode_codes_kernel<K, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);
-    CUDA_CHECK(allowed);
-    launch(decode_codes_kernel<K, V>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, sm_count)), 32 * S::WARPS, S::BYTES, a);
+void decode_codes(const DecodeArgs &a) {
+    if (a.G == 1) return decode_codes_one(a);
+    with_nsn(a.kv, [&](auto k, auto v) { launch_codes<Layout<decltype(k), decltype(v), QUERIES>>(decode_codes_kernel<decltype(k), decltype(v)>, a); });
 }
-template <int D> static void with_formats(const DecodeArgs &a) {
-    with_format_at<D>(a.kv.k_format, [&](auto k) {
-        with_format_at<D>(a.kv.v_format, [&](auto v) {
-            using K = decltype(k);
-            using V = decltype(v);
-            if constexpr (is_nsn<K> && is_nsn<V>) launch_codes<K, V>(a);
-        });
-    });
-}
-void decode_codes(const DecodeArgs &a) { a.kv.d == 64 ? with_formats<64>(a) : with_formats<128>(a); }
 }    // namespace cuda
 #endif

@@ -1,5 +1,5 @@
-// decode_codes.cuh - what the kernels over codes share: shared memory, codebook tables, fields of a block.  decode_codes.cu says
-// what lies where.
+// decode_codes.cuh - what the kernels over codes share: shared memory, codebook tables, fields of a block, the ring of blocks, a
+// warp's part and its exact tokens.  decode_codes.cu says what lies where.
 #pragma once
 #include "attention_decode.cuh"
 
@@ -8,31 +8,45 @@ namespace cuda {
 constexpr int BLOCKS_EACH = 8;    // at least, of a part that a thread block has
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
-template <class K, class V> struct Layout {
-    static constexpr int D = K::d;
+constexpr int ONE_WARPS = 12;     // of a thread block of decode_codes_mha.cu, if they fit
+
+// Q: query heads of a kv head, at most.
+template <class K, class V, int Q> struct Layout {
+    static constexpr int D = K::d, MOST_WARPS = Q == 1 ? ONE_WARPS : CODE_WARPS;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
     // A block and what is before it in its first 16 bytes.
     static constexpr int span(int bytes) { return (bytes + (bytes % 16 ? 16 - (bytes & -bytes) : 0) + 15) / 16 * 16; }
     static constexpr int SLOT_K = span(sizeof(typename K::Block)), SLOT_V = span(sizeof(typename V::Block)), SLOT = SLOT_K + SLOT_V;
-    static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = KV_BLOCK * 16, Z = 8 * D / 2 * 4;
-    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + 4 * MEAN + 15) / 16 * 16;
+    // Means of 4 or 2 blocks are worked on together, as many come.  z, of one query then the mean scores and the weights.
+    static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
+    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
+    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + MEANS * MEAN + 15) / 16 * 16;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
-    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < CODE_WARPS ? BELOW + (int)(END - ABOVE) / WARP : CODE_WARPS;
+    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < MOST_WARPS ? BELOW + (int)(END - ABOVE) / WARP : MOST_WARPS;
     static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, QUERIES>) <= 2 * SLOT && E_BYTES / 128 + CODE_WARPS * FACTORS / 128 <= 256, "does not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * FACTORS / 128 <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
     __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
-    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - 4 * MEAN; }
+    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - MEANS * MEAN; }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
+__device__ inline uint8_t *at_address(uint32_t at) {
+    extern __shared__ __align__(1024) uint8_t shared[];    // starts there
+    return shared + (at - START);
+}
 // A number the compiler knows nothing about: constants added to it become part of the load instead of instructions.
 __device__ inline uint32_t opaque(uint32_t x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
     return x;
+}
+template <class T> __device__ inline T *opaque(T *p) {    // in global memory
+    size_t x = __cvta_generic_to_global(p);
+    asm volatile("mov.u64 %0, %0;" : "+l"(x));
+    return (T *)__cvta_global_to_generic(x);
 }
 __device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
     uint32_t v;
@@ -74,9 +88,10 @@ template <int N> __device__ inline void store_shared(uint32_t at, const Words<N>
     if constexpr (N == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
 }
 __device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
-template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from) {
-    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+// Predicated: a branch for each of a block's copies costs more than they.
+template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from, bool wanted) {
+    if constexpr (BYTES == 16) asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
+    else asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
 }
 
 // ---- fields of a block --------------------------------------------------------------------------------------
@@ -133,6 +148,32 @@ template <int C, int WARPS> __device__ void fill_table(uint32_t table, const int
     for (int i = 0; i < EACH; i++)
         if (warp + i * WARPS < 256) store_shared(table + (warp + i * WARPS) * 256 + lane * 4, v[i]);
 }
+// Cosines and sines of tokens 0 .. 63 as fragments of an A operand: fragment k of tile i has pairs 16 (k / 2) + 4 t + 2 (k % 2) ..
+template <class S> __device__ void fill_E(const float *rope_step) {
+    constexpr int D = S::D, FRAGMENTS = 4 * (D / 16), EACH = (FRAGMENTS + S::WARPS - 1) / S::WARPS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float2 x[EACH][2][2];    // rows lane / 4 and 8 further; cosines, sines of two pairs
+    auto fragment = [&](int i) { return min(warp + i * S::WARPS, FRAGMENTS - 1); };
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
+        for (int row = 0; row < 2; row++)
+            for (int part = 0; part < 2; part++) x[i][row][part] = *(const float2 *)(rope_step + (16 * tile + lane / 4 + 8 * row) * D + part * (D / 2) + pair);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        store_shared(S::E(lane) + fragment(i) * S::FRAGMENT, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
+}
+// All tables, if a row of the step reads codes.  Positions are there before the step's first kernel, what kernels write is not.
+template <class K, class V, class S> __device__ void fill_tables(const DecodeArgs &a) {
+    bool coded = false;
+    for (int n = threadIdx.x; n < a.b.N; n += blockDim.x) coded = coded || a.kv.coded_end(a.b.pos[n]) > a.kv.sink;
+    if (!__syncthreads_or(coded)) return;
+    fill_table<K::channels, S::WARPS>(TABLE, a.kv.k_codebook);
+    if (!S::ALIKE) fill_table<V::channels, S::WARPS>(TABLE + 128, a.kv.v_codebook);
+    fill_E<S>(a.kv.rope.step);
+    __syncthreads();
+}
 // Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleF16 *) { return unpack(load_shared<uint32_t>(at + 4 * lane)); }
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleLog8 *) {
@@ -159,7 +200,163 @@ template <int D, int N> __device__ inline Floats<N> mean_at(uint32_t at, int c) 
     return x;
 }
 
+// ---- a warp's part ------------------------------------------------------------------------------------------
+// Part `part` of the cache of row n and kv head h, for query heads from q0 on; blocks begin, begin + stride, ... are the warp's.
+struct Part {
+    int n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, stride, warp;
+    bool by_block;    // a thread block has it, its warps take turns; else a warp
+    __device__ Part(const DecodeArgs &a, int task, bool by_block, int warps, int queries) : warp(threadIdx.x / 32), by_block(by_block) {
+        const KvView &kv = a.kv;
+        const int heads = kv.Hkv * a.chunks, head = task % heads;
+        n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks, q0 = head % a.chunks * queries;    // parts that few rows have come last
+        slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos), n_blocks) - kv.sink);
+        parts = parts_of(coded, by_block ? BLOCKS_EACH : 1, a.room), stride = by_block ? warps : 1;
+        begin = kv.sink + (int)((int64_t)coded * part / parts) + (by_block ? warp : 0);
+        const int end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
+        count = begin < end ? (end - begin + stride - 1) / stride : 0;
+    }
+};
+
+// The first block of the warp's first part comes to L2.  It may yet be sealed by a kernel before; then this one's copy finds that.
+template <class K, class V> __device__ void prefetch_first(const DecodeArgs &a, int warps, int queries) {
+    const bool by_block = a.b.N <= FEW_ROWS;
+    const int task = blockIdx.x + (by_block ? 0 : gridDim.x * (threadIdx.x / 32));
+    if (task >= a.b.N * a.kv.Hkv * a.chunks * a.room) return;
+    const Part p(a, task, by_block, warps, queries);
+    if (p.part >= p.parts || p.count == 0) return;
+    auto prefetch = [&](const uint8_t *from, int bytes) {
+        for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+    };
+    prefetch(a.kv.k_block(a.layer, p.slot, p.h, p.begin), sizeof(typename K::Block));
+    prefetch(a.kv.v_block(a.layer, p.slot, p.h, p.begin), sizeof(typename V::Block));
+}
+
+// Block j of the warp: its bytes go to slot j % 2, from the 16-byte boundary before them, while block j - 1 is worked on; the mean of
+// its keys is there earlier, when j / AHEAD * AHEAD starts.
+template <class K, class V, class S> struct BlockRing {
+    static constexpr int AHEAD = S::MEANS / 2;
+    using KB = typename K::Block;
+    using VB = typename V::Block;
+    static_assert(S::MEAN <= 128, "a word a lane");
+    const Part &part;
+    const int *const table;
+    const uint8_t *const k_from, *const v_from, *const mean_from;    // of number 0, the lane's bytes
+    const float *const base_from;
+    const uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
+    uint32_t k_at = 0, v_at = 0;                                     // of the block that comes
+    int next[AHEAD] = {};                                            // numbers in the pool of the blocks after it
+
+    __device__ BlockRing(const DecodeArgs &a, const Part &part)
+        : part(part), table(opaque(a.kv.table + (int64_t)part.slot * a.kv.max_blocks + part.begin)),
+          k_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, part) * sizeof(VB) + 16 * lane())),
+          mean_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + offsetof(KB, mean) + 4 * lane())),
+          base_from(opaque(a.kv.rope.base + (int64_t)part.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * sizeof(KB)), v_bytes(a.kv.Hkv * sizeof(VB)),
+          slots(opaque(S::warp_at(part.warp) + 16 * lane())), means(opaque(S::means(part.warp) + 4 * lane())) {
+        if (part.count == 0) return;
+        const int number = entry(0);
+        for (int i = 0; i < AHEAD; i++) next[i] = entry(i + 1);
+        for (int i = 0; i < AHEAD; i++) load_mean(i, i ? next[i - 1] : number);
+        load(0, number);
+        commit();
+    }
+    // Block j is there, j + 1 comes.
+    __device__ void advance(int j) {
+        load(j + 1, next[0]);
+        load_mean(j + AHEAD, next[AHEAD - 1]);
+        commit();
+        for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
+        next[AHEAD - 1] = entry(j + 1 + AHEAD);
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        __syncwarp();
+    }
+    // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
+    template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
+        static_assert(N == K::d / 64);
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const float *from = base_from + (int64_t)(min(j + i, part.count - 1) * part.stride) * K::d;
+            base[i][0] = *(const Floats<N> *)from, base[i][1] = *(const Floats<N> *)(from + K::d / 2);
+        }
+    }
+
+  private:
+    __device__ static int lane() { return threadIdx.x % 32; }
+    __device__ static int64_t first(const DecodeArgs &a, const Part &part) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + part.h; }    // as kv.sealed_at
+    __device__ int entry(int j) const { return table[min(j, part.count - 1) * part.stride]; }
+    __device__ void load_mean(int j, int number) const {
+        copy_async<4>(means + j % S::MEANS * S::MEAN, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
+    }
+    // `from` and `to` are the lane's; says what of the 16 bytes is before the block.
+    template <int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {
+        const uint32_t before = (uint32_t)(uintptr_t)from & 15;
+        from -= before;
+#pragma unroll
+        for (int at = 0; at < BYTES + 15; at += 512) copy_async<16>(to + at, from + at, at + 512 <= BYTES || at + 16 * lane() < (int)before + BYTES);
+        return before;
+    }
+    __device__ void load(int j, int number) {
+        if (j >= part.count) return;
+        const uint32_t to = slots + j % 2 * S::SLOT, block = to - 16 * lane();
+        k_at = block + copy<sizeof(KB)>(to, k_from + (uint64_t)(uint32_t)number * k_bytes);
+        v_at = block + S::SLOT_K + copy<sizeof(VB)>(to + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes);
+    }
+    __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+};
+
+// Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
+template <class S, int Q, class Coded> __device__ void finish_warp(const DecodeArgs &a, const Part &p, float m, float l, Coded coded) {
+    constexpr int D = S::D, C = D / 32;
+    const KvView &kv = a.kv;
+    const int n_queries = min(Q, a.G - p.q0);
+    const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
+    ExactTokens<D, Q> tokens;
+    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
+    for (int i = p.part + (p.by_block ? p.warp * p.parts : 0); i < groups; i += p.parts * p.stride) {
+        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
+        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block), own_row = ((int64_t)p.n * kv.Hkv + p.h) * D;
+        tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own);
+        tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own);
+        tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
+        tokens.add_values(tokens.scores(kv.rope.step, t0, own));
+    }
+    float m_of[Q], l_of[Q];
+    tokens.totals(m_of, l_of);
+#pragma unroll
+    for (int q = 0; q < Q; q++) {
+        const float m_coded = __shfl_sync(~0u, m, q), l_coded = __shfl_sync(~0u, l, q), both = fmaxf(m_of[q], m_coded);
+        const float exact_weight = merge_weight(m_of[q], both), coded_weight = merge_weight(m_coded, both);
+        m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
+        for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
+    }
+    if (!p.by_block) {
+        finish_part<D, Q>(a, first, n_queries, p.part, p.parts, m_of, l_of, tokens.o);
+        __syncwarp();    // what coded reads is used again
+        return;
+    }
+    auto result = [](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(w)); };
+    result(p.warp).put(m_of, l_of, tokens.o);
+    __syncthreads();
+    merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, S::WARPS, result);
+    __syncthreads();
+}
+
+// ---- formats ------------------------------------------------------------------------------------------------
 // Formats with codewords of `channels` channels.
 template <class Format, class = void> constexpr bool is_nsn = false;
 template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::channels)> = Format::has_code && Format::has_plain;
+// f(K{}, V{}) of the cache's formats.
+template <int D, class Function> void with_nsn_at(const KvView &kv, Function f) {
+    with_format_at<D>(kv.k_format, [&](auto k) {
+        with_format_at<D>(kv.v_format, [&](auto v) {
+            if constexpr (is_nsn<decltype(k)> && is_nsn<decltype(v)>) f(k, v);
+        });
+    });
+}
+template <class Function> void with_nsn(const KvView &kv, Function f) { kv.d == 64 ? with_nsn_at<64>(kv, f) : with_nsn_at<128>(kv, f); }
+template <class S> void launch_codes(void (*kernel)(DecodeArgs), const DecodeArgs &a) {
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);    // S: of one kernel
+    CUDA_CHECK(allowed);
+    launch(kernel, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, sm_count)), 32 * S::WARPS, S::BYTES, a);
+}
+void decode_codes_one(const DecodeArgs &a);    // decode_codes_mha.cu: G = 1
 }    // namespace cuda

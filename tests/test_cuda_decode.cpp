@@ -58,10 +58,10 @@ TEST_CASE("cuda decode: every format, head shape and length against the f64 refe
 TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
     const Ops *gpu = find_decode();
     if (!gpu) return;
-    for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b, KvFormat::nsn2}) {
+    for (const auto &[f, G] : {std::pair(KvFormat::f16, 4), {KvFormat::f16, 1}, {KvFormat::nsn2b, 4}, {KvFormat::nsn2b, 1}, {KvFormat::nsn2, 4}, {KvFormat::nsn2, 1}}) {
         KvOptions o;
         o.k_format = o.v_format = f;
-        const Config c = attention_config(2, 4, 128);
+        const Config c = attention_config(2, G, 128);
         const std::vector<int> lengths = {1089, 5, 200, 64, 129, 700, 1, 333};
         auto run = [&](const std::vector<int> &which) {
             std::vector<int> of;

@@ -1,0 +1,224 @@
+/* decode_codes_one - decode attention over NSN codes on tensor cores where every query head has its own kv head: decode_codes.cu's
+   arithmetic with the columns of its B operands put to other use.
+
+   Math      decode_codes.cu's.
+   Work      As there; the means of four blocks are done together.
+   Fragments Lane (g, t) = (lane / 4, lane % 4) has the scores of tokens a = 16 t + g and a + 8.
+               keys    row g + 8 h of tile i is token 16 i + 8 h + g; all pairs of columns are the query's (hi, lo), so that every lane
+                       has the products of its rows, and takes those of tile t
+               means   column 2 b, 2 b + 1 is block b's z as a sum of two f16: E is read once for four blocks
+               values  a row is a word of 4 neighbouring channels as the codebook has it, k runs over 8 tokens x 4 bytes.  Column n has
+                       the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
+   Memory    decode_codes.cu's, without token factors, with 8 means.  Where z was: for each of four blocks the mean scores, as a pair
+             for each lane, and behind them the weights of the block at work.
+   Cost      nsn2b, d 128: 730 instructions a block, 4,464 bytes (wanted: 350 clocks).
+   Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
+#ifdef __CUDACC__
+#include "decode_codes.cuh"
+namespace cuda {
+
+// Second scale and delta of tokens t and t + 8 of the field at `at`, and first ones.
+__device__ static float2 scales_of(uint32_t at, int t, const ScaleF16 *, float delta) {
+    const uint32_t from = at + 2 * t;
+    return make_float2(to_f32(load_shared<f16>(from)) * delta, to_f32(load_shared<f16>(from + 16)) * delta);
+}
+__device__ static float2 scales_of(uint32_t at, int t, const ScaleLog8 *, float delta) {
+    const uint32_t from = at + t, u = load_shared<uint8_t>(from), v = load_shared<uint8_t>(from + 8);
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(ScaleLog8, step)));    // step, min
+    const float below = grid.y - grid.x + log2f(delta);
+    return make_float2(u ? exp2_fast(fmaf(grid.x, (float)u, below)) : 0.0f, v ? exp2_fast(fmaf(grid.x, (float)v, below)) : 0.0f);
+}
+__device__ static float2 first_norms_of(uint32_t at, int t) {
+    const uint32_t from = at + t / 2, shift = t % 2 * 4, u = load_shared<uint8_t>(from) >> shift & 15, v = load_shared<uint8_t>(from + 4) >> shift & 15;
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(FirstNorm, step)));
+    return make_float2(fmaf(grid.x, (float)u, grid.y), fmaf(grid.x, (float)v, grid.y));
+}
+
+template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 1>::WARPS, 1) decode_codes_one_kernel(DecodeArgs a) {
+    using S = Layout<K, V, 1>;
+    using KB = typename K::Block;
+    using VB = typename V::Block;
+    constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
+    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, KW = K_BYTES < 4 ? 1 : K_BYTES / 4, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
+    constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
+    constexpr bool K8 = sizeof(KB) % 8 == 0, V8 = sizeof(VB) % 8 == 0;
+    const KvView &kv = a.kv;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
+    const uint32_t mine = S::warp_at(warp), z_at = mine + 2 * S::SLOT;    // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
+    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
+    // Of block b: (tile, token % 8, token / 8 % 2), 8 words left out between tiles 1 and 2 and after 3: 16 lanes lie in different banks.
+    const uint32_t mean_store = opaque(z_at + t * S::MEAN_SCORES + 8 * g), mean_load = opaque(z_at + 64 * t + t / 2 * 32 + 8 * g);
+    const uint32_t weight_store = opaque(z_at + S::WEIGHTS + 4 * lane), weight_load = opaque(z_at + S::WEIGHTS + 16 * t);
+    const uint32_t E = opaque(S::E(lane)), means = opaque(S::means(warp));
+    const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
+    // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
+    const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
+
+    fill_tables<K, V, S>(a);
+    prefetch_first<K, V>(a, WARPS, 1);
+    wait_for_inputs();
+    const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
+    const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
+    const int tasks = a.b.N * kv.Hkv * a.room, teams = gridDim.x * (by_block ? 1 : WARPS);
+
+    for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
+        const Part p(a, task, by_block, WARPS, 1);
+        if (p.part >= p.parts) continue;
+        const int64_t query = (int64_t)p.n * a.Hq + p.h;
+        uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
+        for (int i = 0; i < 2 * STEPS; i++) bq[i] = *(const uint32_t *)(a.q_code + (query * 2 + g % 2) * D + D / 4 * t + 4 * i);
+        const float2 unit_sum = a.q_unit[query];
+        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
+        float q_lo[PAIRS], q_hi[PAIRS];                            // pairs PAIRS lane ..
+        for (int i = 0; i < PAIRS; i++) q_lo[i] = a.q_scaled[query * D + PAIRS * lane + i], q_hi[i] = a.q_scaled[query * D + D / 2 + PAIRS * lane + i];
+        float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
+        BlockRing<K, V, S> ring(a, p);
+        Floats<PAIRS> base[4][2];                                  // of the next four blocks
+        if (p.count > 0) ring.load_base(base, 0);
+
+#pragma unroll 1
+        for (int j = 0; j < p.count; j++) {
+            const uint32_t kb = ring.k_at, vb = ring.v_at;
+            ring.advance(j);
+            if (j % 4 == 0) {    // means of this block and the next three
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const uint32_t mean = means + j % 8 * S::MEAN + i * S::MEAN;
+                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
+                    Words<PAIRS> high, low;
+#pragma unroll
+                    for (int k = 0; k < PAIRS; k++) {
+                        const float c = base[i][0].x[k], s = base[i][1].x[k];
+                        const float ml = lo.x[k] * c - hi.x[k] * s, mh = lo.x[k] * s + hi.x[k] * c;
+                        const float x = q_lo[k] * ml + q_hi[k] * mh, y = q_hi[k] * ml - q_lo[k] * mh;
+                        high.x[k] = pack(x, y);
+                        const float2 kept = unpack(high.x[k]);
+                        low.x[k] = pack(x - kept.x, y - kept.y);
+                    }
+                    store_shared(z_store + 2 * i * (D / 2) * 4, high), store_shared(z_store_odd + (2 * i + 1) * (D / 2) * 4, low);
+                }
+                if (j + 4 < p.count) ring.load_base(base, j + 4);
+                __syncwarp();
+                uint32_t z[D / 8];
+#pragma unroll
+                for (int k = 0; k < D / 32; k++) {
+                    const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
+                    memcpy(z + 4 * k, &v, 16);
+                }
+                __syncwarp();
+                float c[4][4] = {};
+#pragma unroll
+                for (int k = 0; k < D / 16; k++)
+#pragma unroll
+                    for (int tile = 0; tile < 4; tile++) {
+                        unsigned e[4];
+                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+                        memcpy(e, &v, 16);
+                        mma(c[tile], e, z[2 * k], z[2 * k + 1]);
+                    }
+#pragma unroll
+                for (int tile = 0; tile < 4; tile++)    // of block t
+                    store_shared(mean_store + 64 * tile + tile / 2 * 32, Words<2>{{__float_as_uint(c[tile][0] + c[tile][1]), __float_as_uint(c[tile][2] + c[tile][3])}});
+                __syncwarp();
+            }
+            // scores
+            int dot[4][2];
+#pragma unroll
+            for (int tile = 0; tile < 4; tile++) {
+                int e[4] = {};
+                uint32_t x[2][2 * STEPS];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint32_t code[KW], sign[KW];
+                    const uint32_t at = kb + k_lane + (16 * tile + 8 * half) * (D / K::channels);    // the codes come first in a block
+                    load_bytes<K_BYTES, K8>(code, at);
+                    if constexpr (K::has_sign) load_bytes<K_BYTES, K8>(sign, at + KV_BLOCK * (D / K::channels));
+                    look_up<K::channels, K::has_sign, K_BYTES>(x[half], code, sign, k_table);
+                }
+#pragma unroll
+                for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+                dot[tile][0] = e[0] * 256 + e[1], dot[tile][1] = e[2] * 256 + e[3];
+            }
+            float score[2];
+            {
+                const float2 s1 = first_norms_of(kb + offsetof(KB, s1), token), s2 = scales_of(kb + offsetof(KB, s2), token, &((KB *)nullptr)->s2, K::delta);
+                const float2 mean = load_shared<float2>(mean_load + j % 4 * S::MEAN_SCORES);
+                auto code = [&](int i) {
+                    const int x = t & 1 ? dot[1][i] : dot[0][i], y = t & 1 ? dot[3][i] : dot[2][i];
+                    return fmaf((float)(t & 2 ? y : x), unit, half_sum);
+                };
+                score[0] = s1.x * fmaf(code(0), s2.x, mean.x), score[1] = s1.y * fmaf(code(1), s2.y, mean.y);
+            }
+            // softmax in base 2
+            float top = fmaxf(score[0], score[1]);
+            if (__any_sync(~0u, top > m)) {
+                const float up = fmaxf(m, warp_max(top)), old = exp2_fast(m - up);
+                m = up, l *= old, w_sum *= old;
+                for (int i = 0; i < TILES; i++)
+                    for (int c = 0; c < 4; c++) out[i][c] *= old;
+                for (int c = 0; c < C; c++) plain[c] *= old;
+            }
+            const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2, V::delta);
+            const float p0 = exp2_fast(score[0] - m), p1 = exp2_fast(score[1] - m), weight0 = p0 * s1.x * s2.x, weight1 = p1 * s1.y * s2.y;
+            l += p0 + p1;
+            const float s1_sum = warp_sum(fmaf(p0, s1.x, p1 * s1.y));
+            const uint32_t largest = __reduce_max_sync(~0u, __float_as_uint(fmaxf(fmaxf(weight0, weight1), 0.0f)));    // bits of numbers >= 0 are in their order
+            const uint32_t exponent = max(largest & 0x7f800000u, 40u << 23);    // of the unit 2^-14 of the largest
+            const float inverse = __uint_as_float((254u + 14 << 23) - exponent), w_unit = __uint_as_float(exponent - (14u << 23));
+            // 1.5 2^23 + w has w in its low bits
+            const uint32_t w0 = __float_as_uint(fmaf(weight0, inverse, 12582912.0f)), w1 = __float_as_uint(fmaf(weight1, inverse, 12582912.0f));
+            w_sum = fmaf((float)(int)(w0 + w1 - 2u * 0x4B400000u), w_unit, w_sum);
+            store_shared(weight_store, __byte_perm(w0, w1, 0x5410));
+            __syncwarp();
+            // values: k = 4 (token % 4) .. of step s, lower and upper half, are tokens 8 s + t and 8 s + t + 4, whose weights lanes 4 t + s / 2 and 16 more have
+            const uint4 near = load_shared<uint4>(weight_load), far = load_shared<uint4>(weight_load + 64);
+            const uint32_t w[2][4] = {{near.x, near.y, near.z, near.w}, {far.x, far.y, far.z, far.w}};
+            int e[TILES][4] = {};
+#pragma unroll
+            for (int s = 0; s < 8; s++) {
+                uint32_t x[2][2 * TILES], b[2];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint32_t code[VW], sign[VW];
+                    const uint32_t at = vb + v_lane + (8 * s + 4 * half) * (D / V::channels);
+                    load_bytes<V_BYTES, V8>(code, at);
+                    if constexpr (V::has_sign) load_bytes<V_BYTES, V8>(sign, at + KV_BLOCK * (D / V::channels));
+                    look_up<V::channels, V::has_sign, V_BYTES>(x[half], code, sign, v_table);
+                    b[half] = __byte_perm(w[half][s / 2], 0, s % 2 ? select_upper : select);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES; i++) mma_s8_u8(e[i], {x[0][2 * i], x[0][2 * i + 1], x[1][2 * i], x[1][2 * i + 1]}, b[0], b[1]);
+            }
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                for (int c = 0; c < 4; c++) out[i][c] = fmaf((float)e[i][c], w_unit, out[i][c]);
+            const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
+            for (int c = 0; c < C; c++) plain[c] = fmaf(s1_sum, mean.x[c], plain[c]);
+            __syncwarp();
+        }
+
+        // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's.
+        WarpResult<D, 1> &result = *(WarpResult<D, 1> *)at_address(mine);
+#pragma unroll
+        for (int i = 0; i < TILES; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                float x = t < 2 ? out[i][c] * 256.0f : out[i][c];
+                x += __shfl_xor_sync(~0u, x, 2);
+                if (t < 2) result.o[0][4 * (2 * TILES * g + 2 * i + c / 2) + 2 * t + c % 2] = x;
+            }
+        __syncwarp();
+        float sum[C];
+        w_sum = warp_sum(w_sum);
+        for (int c = 0; c < C; c++) sum[c] = result.o[0][C * lane + c] + 0.5f * w_sum;
+        hadamard_lanes(sum);
+        finish_warp<S, 1>(a, p, m, warp_sum(l), [&](int, int c) { return sum[c] + plain[c]; });
+    }
+}
+
+void decode_codes_one(const DecodeArgs &a) {
+    with_nsn(a.kv, [&](auto k, auto v) { launch_codes<Layout<decltype(k), decltype(v), 1>>(decode_codes_one_kernel<decltype(k), decltype(v)>, a); });
+}
+}    // namespace cuda
+#endif
