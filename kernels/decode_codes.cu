@@ -82,7 +82,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 uint32_t z[2][D / 8];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN;
+                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN_STEP;
                     const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     Floats<PAIRS> ml, mh;
                     for (int p = 0; p < PAIRS; p++) {

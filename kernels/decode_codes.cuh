@@ -17,20 +17,22 @@ template <class K, class V, int Q> struct Layout {
     // A block and what is before it in its first 16 bytes.
     static constexpr int span(int bytes) { return (bytes + (bytes % 16 ? 16 - (bytes & -bytes) : 0) + 15) / 16 * 16; }
     static constexpr int SLOT_K = span(sizeof(typename K::Block)), SLOT_V = span(sizeof(typename V::Block)), SLOT = SLOT_K + SLOT_V;
-    // Means of 4 or 2 blocks are worked on together, as many come.  z, of one query then the mean scores and the weights.
+    // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
     static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
-    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + MEANS * MEAN + 15) / 16 * 16;
+    static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
+    static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
+    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN) + 15) / 16 * 16;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
     static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < MOST_WARPS ? BELOW + (int)(END - ABOVE) / WARP : MOST_WARPS;
     static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * FACTORS / 128 <= 256, "does not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
-    // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row.
+    // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
     __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
-    __device__ static uint32_t means(int w) { return warp_at(w) + WARP - MEANS * MEAN; }
+    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : warp_at(w) + WARP - MEANS * MEAN; }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
@@ -284,7 +286,7 @@ template <class K, class V, class S> struct BlockRing {
     __device__ static int64_t first(const DecodeArgs &a, const Part &part) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + part.h; }    // as kv.sealed_at
     __device__ int entry(int j) const { return table[min(j, part.count - 1) * part.stride]; }
     __device__ void load_mean(int j, int number) const {
-        copy_async<4>(means + j % S::MEANS * S::MEAN, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
+        copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
     }
     // `from` and `to` are the lane's; says what of the 16 bytes is before the block.
     template <int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {

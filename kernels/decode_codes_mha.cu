@@ -9,8 +9,8 @@
                means   column 2 b, 2 b + 1 is block b's z as a sum of two f16: E is read once for four blocks
                values  a row is a word of 4 neighbouring channels as the codebook has it, k runs over 8 tokens x 4 bytes.  Column n has
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
-   Memory    decode_codes.cu's, without token factors, with 8 means.  Where z was: for each of four blocks the mean scores, as a pair
-             for each lane, and behind them the weights of the block at work.
+   Memory    decode_codes.cu's without token factors; 8 means a warp, which have their place if K and V are alike.  Where z was: for each
+             of four blocks the mean scores, a pair a lane, and behind them the weights of the block at work.
    Cost      nsn2b, d 128: 730 instructions a block, 4,464 bytes (wanted: 350 clocks).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
@@ -84,7 +84,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             if (j % 4 == 0) {    // means of this block and the next three
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const uint32_t mean = means + j % 8 * S::MEAN + i * S::MEAN;
+                    const uint32_t mean = means + j % S::MEANS * S::MEAN_STEP + i * S::MEAN_STEP;
                     const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     Words<PAIRS> high, low;
 #pragma unroll
