@@ -350,7 +350,9 @@ template <class Format> constexpr bool is_nsn<Format, decltype((void)Format::cha
 template <int D, class Function> void with_nsn_at(const KvView &kv, Function f) {
     with_format_at<D>(kv.k_format, [&](auto k) {
         with_format_at<D>(kv.v_format, [&](auto v) {
-            if constexpr (is_nsn<decltype(k)> && is_nsn<decltype(v)>) f(k, v);
+            using K = decltype(k);
+            using V = decltype(v);
+            if constexpr (is_nsn<K> && is_nsn<V>) f(K(), V());
         });
     });
 }
