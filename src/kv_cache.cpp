@@ -32,9 +32,8 @@ static Sizes sizes_of(const KvView &v) {
     auto beside = [&](KvFormat f, int share, int64_t bytes) {
         return bytes * (f == KvFormat::deco4 ? (int64_t)v.L * v.B : (int64_t)code_layers(share, v.L) * v.n_blocks * v.Hkv);
     };
-    auto whole = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };    // kernels copy blocks 16 bytes at a time
-    return {whole(blocks * v.k_block_bytes),
-            whole(blocks * v.v_block_bytes),
+    return {blocks * v.k_block_bytes,
+            blocks * v.v_block_bytes,
             beside(v.k_format, v.k_share, v.k_beside_bytes),
             beside(v.v_format, v.v_share, v.v_beside_bytes),
             (int64_t)v.L * v.B * v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16),
