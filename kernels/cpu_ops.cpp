@@ -49,7 +49,7 @@ static Batch cpu_begin(const Batch &host, void *) { return host; }
 static bool cpu_replay(const void *, const KvView &) { return false; }
 static void cpu_end() {}
 
-static bool cpu_attend(float *, const float *, const float *, const float *, f16 *, f16 *, const KvView &, int, const Batch &, int, Bytes) { return false; }
+static bool cpu_attend(float *, const float *, const float *, const float *, f16 *, f16 *, const KvView &, int, const Batch &, int) { return false; }
 static bool cpu_bf16_to_f16(void *, int64_t) { return false; }    // both are widened to f32 anyway
 
 const Ops cpu_ops = {

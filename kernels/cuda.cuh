@@ -144,7 +144,7 @@ int64_t attention_work_bytes(const StepShape &shape);
 int64_t attention_prefill_work_bytes(const StepShape &shape);
 int64_t matmul_work_bytes(const StepShape &shape);
 // attention_decode.cu: steps with one row a slot; false: not a step it serves.
-bool attend(float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq, Bytes next);
+bool attend(float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq);
 bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
 int64_t attention_decode_work_bytes(const StepShape &shape);
 }    // namespace cuda

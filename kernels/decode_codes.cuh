@@ -91,9 +91,6 @@ template <int N> __device__ inline void store_shared(uint32_t at, const Words<N>
 }
 __device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
 // Predicated: a branch for each of a block's copies costs more than they.
-__device__ inline void copy_first_async(uint32_t to, const uint8_t *from, bool wanted, int bytes) {    // of 16, the rest become 0
-    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1], 16, %3;\n}" ::"r"(to), "l"(from), "r"((int)wanted), "r"(bytes) : "memory");
-}
 template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from, bool wanted) {
     if constexpr (BYTES == 16) asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
     else asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
@@ -291,17 +288,17 @@ template <class K, class V, class S> struct BlockRing {
     __device__ void load_mean(int j, int number) const {
         copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
     }
-    // `from` and `to` are the lane's; says what of the 16 bytes is before the block.
+    // `from` and `to` are the lane's; says what of the 16 bytes is before the block.  Only the block is read: whole 16 bytes, then the
+    // words before the first of them and behind the last.
     template <int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {
-        const int before = (int)((uintptr_t)from & 15), at_lane = 16 * lane(), end = before + BYTES;
+        const int before = (int)((uintptr_t)from & 15), end = before + BYTES, at_lane = 16 * lane();
         from -= before;
 #pragma unroll
-        for (int at = 0; at < BYTES + 15; at += 512)
-            if (at + 512 <= BYTES) copy_async<16>(to + at, from + at, at > 0 || at_lane >= before);
-            else copy_first_async(to + at, from + at, at + at_lane < end && (at > 0 || at_lane >= before), min(16, end - at - at_lane));
-        if (BYTES % 16) {    // what the first 16 bytes have of the block, word by word
-            const int word = before + 4 * lane();
-            copy_async<4>(to - at_lane + word, from - at_lane + word, before > 0 && word < 16);
+        for (int at = 0; at < BYTES; at += 512)
+            copy_async<16>(to + at, from + at, (at > 0 || at_lane >= before) && (at + 512 <= BYTES || at + at_lane + 16 <= end));
+        if (BYTES % 16) {
+            const int word = 4 * lane() + (lane() < 4 ? 0 : end / 16 * 16 - 16);
+            copy_async<4>(to - at_lane + word, from - at_lane + word, lane() < 4 ? before > 0 && word >= before : lane() < 8 && word < end);
         }
         return before;
     }

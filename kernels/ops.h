@@ -52,8 +52,6 @@ struct RopeTable {
 
 struct KvView;             // kv_block.h
 
-struct Bytes { const void *data; int64_t n; };
-
 // The largest step that will come.
 struct StepShape {
     int N, Hq, d;
@@ -94,8 +92,7 @@ struct Ops {
     // the same rounded to fp16, which is what everybody reads.
     // Calls a layer: rope, then these three in this order.  Or attend, which is all four where a backend does them together; false:
     // not for such a step, and nothing is done.
-    // next: what the op after it reads, to be brought nearer where memory has nothing else to do.
-    bool (*attend)   (float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq, Bytes next);
+    bool (*attend)   (float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq);
     void (*kv_write) (const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b);
     void (*attention)(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
     void (*kv_keep)  (const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b);

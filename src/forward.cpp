@@ -1,6 +1,5 @@
 #include "forward.h"
 #include <algorithm>
-#include "groups.h"
 
 void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows, const Ops &op) {
     const Config &c = m.config;
@@ -15,7 +14,7 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
 
         // attention: x += Wo attend(Wq n, Wk n, Wv n),  n = rmsnorm(x)
         op.qkv(a.q, a.k, a.v, a.xn, a.x, {w.attn_norm, c.norm_eps}, w.wq, w.wk, w.wv, N, D, Hq * d, Hkv * d);
-        if (!op.attend(a.att, a.q, a.k, a.v, a.k16, a.v16, kv, l, b, Hq, {w.wo.data, code_bytes(w.wo.type, (int64_t)Hq * d * D)})) {
+        if (!op.attend(a.att, a.q, a.k, a.v, a.k16, a.v16, kv, l, b, Hq)) {
             op.rope(a.q, b, kv.rope, Hq, d);    // queries only: the cache keeps keys before RoPE (kv_block.h)
             op.kv_write(kv, l, a.k16, a.v16, a.k, a.v, b);
             op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);

@@ -120,7 +120,7 @@ TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
                 const OnDevice<float> turned(*gpu, q.host()), y(*gpu, q.n), y2(*gpu, q.n);
                 const OnDevice<f16> k16(*gpu, k.n), v16(*gpu, k.n);
                 const StepOn on(*gpu, rows, 8, d, nq);
-                CHECK(gpu->attend(y2.p, q.p, k.p, v.p, k16.p, v16.p, together.view, 0, on.b, 8, {k.p, (int64_t)k.n * 4}) == last);
+                CHECK(gpu->attend(y2.p, q.p, k.p, v.p, k16.p, v16.p, together.view, 0, on.b, 8) == last);
                 gpu->rope(turned.p, on.b, apart.view.rope, 8, d);
                 for (KvCache *cache : {&apart, &together}) {
                     if (last && cache == &together) continue;
