@@ -10,7 +10,7 @@
              f16: units are 8 tokens; 8 warps take turns.  The keys of a warp's next tokens are on their way while it adds up the
              values of these.
              Tried: wo prefetched to L2 by blocks beside the rows' (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes
-             175 tok/s in f16 for 179, 161 in nsn2b for 168.
+             175 tok/s in f16 for 179, and as many as without in nsn2b.
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
              because so many fill the GPU with longer parts.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.

@@ -11,7 +11,8 @@
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
    Memory    decode_codes.cu's without token factors; 8 means a warp, which have their place if K and V are alike.  Where z was: for each
              of four blocks the mean scores, a pair a lane, and behind them the weights of the block at work.
-   Cost      nsn2b, d 128: 730 instructions a block, 4,464 bytes (wanted: 350 clocks).
+   Cost      nsn2b, d 128: 780 instructions a block, whose 4,464 bytes take 350 clocks at 3.06 TB/s; measured some 500.
+             Tried: 14 warps of 128 registers: 156 us for 146 (32 rows, 32 heads, 4,096 tokens; their bytes take 96).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include "decode_codes.cuh"

@@ -29,7 +29,8 @@ namespace cuda {
 // others.
 // Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
 // Tried: weights behind the ring prefetched to L2 (17 MB, before the wait): 200 us a layer of Llama-3-8B for 196, and 220 if that
-// lead is kept to the end; the next kernel let loose only when all weights are asked for: 196 for 178 with an early start.
+// lead is kept to the end; the next kernel let loose only when all weights are asked for: 196 for 169 with an early start.
+// Tried: 4 and 6 stages: 156 and 160 us for 155 with 5; 4 without the hint of 256 bytes 163; 3 with it 164.
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
