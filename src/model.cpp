@@ -289,15 +289,19 @@ Model model_open(const std::string &path) {
             fail("%s: tensor '%s': not expected in this model", path.c_str(), printable(t.first).c_str());
         }
     }
-    for (int l = 0; l < c.n_layers; l++) {
-        const std::string n = "layers." + std::to_string(l) + ".";
-        m.layers.push_back({(const float *)found[n + "attn_norm"].data, (const float *)found[n + "ffn_norm"].data,
-                            found[n + "wq"], found[n + "wk"], found[n + "wv"], found[n + "wo"], found[n + "w_gate"],
-                            found[n + "w_up"], found[n + "w_down"]});
-    }
-    m.embed = found["embed"];
-    m.unembed = c.tied ? m.embed : found["unembed"];
-    m.out_norm = (const float *)found["out_norm"].data;
+    model_point_at(m, found);
     m.step_bytes = m.weights_bytes - (c.tied ? 0 : bytes["embed"]);
     return m;
+}
+
+void model_point_at(Model &m, const std::map<std::string, Matrix> &tensors) {
+    auto norm = [&](const std::string &name) { return (const float *)tensors.at(name).data; };
+    for (int l = 0; l < m.config.n_layers; l++) {
+        const std::string n = "layers." + std::to_string(l) + ".";
+        auto matrix = [&](const char *name) { return tensors.at(n + name); };
+        m.layers.push_back({norm(n + "attn_norm"), norm(n + "ffn_norm"), matrix("wq"), matrix("wk"), matrix("wv"), matrix("wo"), matrix("w_gate"), matrix("w_up"), matrix("w_down")});
+    }
+    m.embed = tensors.at("embed");
+    m.unembed = m.config.tied ? m.embed : tensors.at("unembed");
+    m.out_norm = norm("out_norm");
 }

@@ -1,5 +1,6 @@
 // model.h - what a checkpoint is: its Config, its tensors, its tokenizer; opened from model.bin (tools/FORMAT.md).
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -68,6 +69,8 @@ struct Model {
 // point the weights at the mapping.  Norms are small and are checked for NaN and infinity; matrices are not read
 // (build/show does that).  Fails with file, tensor, expected, found.
 Model model_open(const std::string &path);
+// Layers, embed, unembed and out_norm of m are those of `tensors`, by the names of config_tensors().
+void model_point_at(Model &m, const std::map<std::string, Matrix> &tensors);
 
 // The matrix or norm of one spec in an open file, checked like model_open does.
 Matrix model_tensor(const Safetensors &file, const TensorSpec &spec);

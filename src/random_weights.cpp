@@ -83,14 +83,7 @@ Model random_weights(const Config &c, DType type, const Ops &ops) {
         if (s.name == "embed") embed_bytes = codes + scales;
         if (w.type == DType::bf16 && ops.bf16_to_f16(const_cast<void *>(w.data), n)) w.type = DType::f16;    // as model_upload does
     }
-    for (int l = 0; l < c.n_layers; l++) {
-        const std::string n = "layers." + std::to_string(l) + ".";
-        m.layers.push_back({(const float *)found[n + "attn_norm"].data, (const float *)found[n + "ffn_norm"].data, found[n + "wq"], found[n + "wk"],
-                            found[n + "wv"], found[n + "wo"], found[n + "w_gate"], found[n + "w_up"], found[n + "w_down"]});
-    }
-    m.embed = found["embed"];
-    m.unembed = c.tied ? m.embed : found["unembed"];
-    m.out_norm = (const float *)found["out_norm"].data;
+    model_point_at(m, found);
     m.step_bytes = m.weights_bytes - (c.tied ? 0 : embed_bytes);
     // Stands for the file that is not there: its name in messages, and the size of its data.
     m.file = std::make_shared<Safetensors>();
