@@ -48,13 +48,7 @@ template <int D> __global__ void __launch_bounds__(32 * ROW_WARPS) decode_rows_k
     const int64_t query = (int64_t)n * a.Hq + h;
     float x[C];
     for (int c = 0; c < C; c++) x[c] = f.q[query * D + C * lane + c];
-    if (f.fresh)
-        for (int c = 0; c < C; c++) {    // the other of a pair is 16 lanes away
-            const float other = __shfl_xor_sync(~0u, x[c], 16);
-            float co, si;
-            rope_angle(co, si, kv.rope, pos, (C * lane + c) % (D / 2), D);
-            x[c] = x[c] * co + (lane < 16 ? -other : other) * si;
-        }
+    if (f.fresh) turn_lanes(x, kv.rope, pos);
     const float scale = 1.4426950408889634f * rsqrtf((float)D);
     for (int c = 0; c < C; c++) a.q_scaled[query * D + C * lane + c] = x[c] *= scale;
     hadamard_lanes(x);

@@ -46,11 +46,6 @@ inline int decode_parts(int rows, int heads, int teams) {
 // Of a cache of so many units, at least `least` in a part.
 HD int parts_of(int units, int least, int most) { return units < 2 * least ? 1 : units / least < most ? units / least : most; }
 
-__device__ inline float exp2_fast(float x) {    // 2 ulp, denormals are 0
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ inline float merge_weight(float m, float top) { return m == -INFINITY ? 0.0f : exp2_fast(m - top); }
 
 // N neighbouring numbers, one load or store.
@@ -69,27 +64,6 @@ template <int N> __device__ inline Floats<N> load_l2(const float *p) {    // wha
     if constexpr (N == 4) { const float4 v = __ldcg((const float4 *)p); memcpy(&f, &v, sizeof f); }
     else { const float2 v = __ldcg((const float2 *)p); memcpy(&f, &v, sizeof f); }
     return f;
-}
-
-// Channels C lane .. C lane + C-1 of x <- R x, d = 32 C, by one warp.
-template <int C> __device__ inline void hadamard_lanes(float (&x)[C]) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int h = 1; h < C; h *= 2)
-#pragma unroll
-        for (int i = 0; i < C; i++)
-            if (!(i & h)) {
-                const float a = x[i], b = x[i + h];
-                x[i] = a + b, x[i + h] = a - b;
-            }
-#pragma unroll
-    for (int h = 1; h < 32; h *= 2)
-#pragma unroll
-        for (int i = 0; i < C; i++) {
-            const float other = __shfl_xor_sync(~0u, x[i], h);
-            x[i] = lane & h ? other - x[i] : x[i] + other;
-        }
-    for (int i = 0; i < C; i++) x[i] *= rsqrtf(32.0f * C);
 }
 
 // Lane L gets the sum of s[L % N] over the N lanes around it.

@@ -60,32 +60,6 @@ struct PrefillArgs {
 
 // ---- a window of the cache as rows of f16 -----------------------------------------------------------------
 // A warp works on one row: lane L holds channels C L .. C L + C-1.
-// x <- R x for d = 32 C, a power of two.
-template <int C> __device__ inline void hadamard_lanes(float (&x)[C]) {
-    const int lane = threadIdx.x % 32;
-    for (int h = 1; h < C; h *= 2)
-        for (int c = 0; c < C; c++)
-            if (!(c & h)) {
-                const float a = x[c], b = x[c + h];
-                x[c] = a + b, x[c + h] = a - b;
-            }
-    for (int o = 1; o < 32; o *= 2)
-        for (int c = 0; c < C; c++) {
-            const float other = __shfl_xor_sync(~0u, x[c], o);
-            x[c] = lane & o ? other - x[c] : x[c] + other;
-        }
-    for (int c = 0; c < C; c++) x[c] *= 1.0f / sqrtf(32.0f * C);
-}
-template <int C> __device__ inline void turn_lanes(float (&x)[C], RopeTable rope, int pos) {
-    const int lane = threadIdx.x % 32;
-    for (int c = 0; c < C; c++) {
-        float cosine, sine;
-        rope_angle(cosine, sine, rope, pos, lane % 16 * C + c, 32 * C);
-        const float other = __shfl_xor_sync(~0u, x[c], 16);
-        x[c] = lane < 16 ? x[c] * cosine - other * sine : other * sine + x[c] * cosine;
-    }
-}
-
 constexpr int UNPACK_WARPS = 8, UNPACK_THREADS = 32 * UNPACK_WARPS;
 
 // One thread block a block of tokens, kv head, K or V, and version; what no row of the step asks for is left out.
@@ -140,11 +114,6 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
 }
 
 // ---- flash attention over the window ------------------------------------------------------------------------
-__device__ inline float exp2_fast(float x) {    // within 2^-22 of 2^x, 0 for -infinity
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 __device__ inline void copy_16_bytes(unsigned to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

@@ -77,20 +77,11 @@ void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *
 // Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
 // On devices that can (compute capability 9.0), launch() lets its thread blocks start while the kernel before is at work, so
 // that the start of one hides behind the end of the other: programmatic dependent launch, CUDA C++ Programming Guide.
-__device__ inline void wait_for_kernels_before() {
+__device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-#endif
-}
-// The next kernel starts when all thread blocks have said so, or are done; it may be before they have their own inputs.
-__device__ inline void let_next_start() {
-#if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
-}
-__device__ inline void wait_for_inputs() {
-    wait_for_kernels_before();
-    let_next_start();
 }
 extern bool starts_early;    // the device can
 extern int sm_count;
@@ -137,6 +128,44 @@ template <class Float> __device__ inline void hadamard_warp(Float *x, int d) {
     const Float scale = 1 / sqrt((Float)p);
     for (int i = lane; i < d; i += 32) x[i] *= scale;
     __syncwarp();
+}
+
+// A row of d = 32 / FIRST C channels in the registers of 32 / FIRST lanes, those that differ in the bits of FIRST and above: each has C
+// neighbouring ones.  x <- R x as in hadamard.h, d a power of two.
+template <int FIRST = 1, int C> __device__ inline void hadamard_lanes(float (&x)[C]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int h = 1; h < C; h *= 2)
+#pragma unroll
+        for (int c = 0; c < C; c++)
+            if (!(c & h)) {
+                const float a = x[c], b = x[c + h];
+                x[c] = a + b, x[c + h] = a - b;
+            }
+#pragma unroll
+    for (int o = FIRST; o < 32; o *= 2)
+#pragma unroll
+        for (int c = 0; c < C; c++) {
+            const float other = __shfl_xor_sync(~0u, x[c], o);
+            x[c] = lane & o ? other - x[c] : x[c] + other;
+        }
+#pragma unroll
+    for (int c = 0; c < C; c++) x[c] *= 1.0f / sqrtf(32.0f / FIRST * C);
+}
+// A row of 32 C channels turned by position pos: the other of a pair is 16 lanes away.
+template <int C> __device__ inline void turn_lanes(float (&x)[C], RopeTable rope, int pos) {
+    const int lane = threadIdx.x % 32;
+    for (int c = 0; c < C; c++) {
+        float cosine, sine;
+        rope_angle(cosine, sine, rope, pos, lane % 16 * C + c, 32 * C);
+        const float other = __shfl_xor_sync(~0u, x[c], 16);
+        x[c] = lane < 16 ? x[c] * cosine - other * sine : other * sine + x[c] * cosine;
+    }
+}
+__device__ inline float exp2_fast(float x) {    // 2 ulp, denormals are 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // Scratch of one op, see the pages.

@@ -29,9 +29,9 @@ namespace cuda {
 template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(DecodeArgs a) {
     using S = Layout<K, V, QUERIES>;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
-    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, KW = K_BYTES < 4 ? 1 : K_BYTES / 4, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
+    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
-    constexpr bool K8 = sizeof(typename K::Block) % 8 == 0, V8 = sizeof(typename V::Block) % 8 == 0;
+    constexpr bool V8 = sizeof(typename V::Block) % 8 == 0;
     using KB = typename K::Block;
     using VB = typename V::Block;
     const KvView &kv = a.kv;
@@ -145,17 +145,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
                 int e[4] = {};
-                uint32_t x[2][2 * STEPS];
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t code[KW], sign[KW];
-                    const uint32_t at = kb + k_lane + (16 * tile + 8 * half) * (D / K::channels);    // the codes come first in a block
-                    load_bytes<K_BYTES, K8>(code, at);
-                    if constexpr (K::has_sign) load_bytes<K_BYTES, K8>(sign, at + KV_BLOCK * (D / K::channels));
-                    look_up<K::channels, K::has_sign, K_BYTES>(x[half], code, sign, k_table);
-                }
-#pragma unroll
-                for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+                multiply_keys<K>(e, kb + k_lane, tile, bq, k_table);
                 const float2 f0 = factor(true, 2 * tile), f1 = factor(true, 2 * tile + 1);
                 score[2 * tile] = fmaf(fmaf((float)(e[0] * 256 + e[1]), unit, half_sum), f0.x, mean_score[2 * tile] * f0.y);
                 score[2 * tile + 1] = fmaf(fmaf((float)(e[2] * 256 + e[3]), unit, half_sum), f1.x, mean_score[2 * tile + 1] * f1.y);
@@ -256,22 +246,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
 #pragma unroll
         for (int c = 0; c < V_CHANNELS; c++) out[c] += 0.5f * w_sum;
-#pragma unroll
-        for (int s = 1; s < V_CHANNELS; s *= 2)
-#pragma unroll
-            for (int c = 0; c < V_CHANNELS; c++)
-                if (!(c & s)) {
-                    const float x = out[c], y = out[c + s];
-                    out[c] = x + y, out[c + s] = x - y;
-                }
-#pragma unroll
-        for (int s = 4; s < 32; s *= 2)
-#pragma unroll
-            for (int c = 0; c < V_CHANNELS; c++) {
-                const float other = __shfl_xor_sync(~0u, out[c], s);
-                out[c] = lane & s ? other - out[c] : out[c] + other;
-            }
-        for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c] * rsqrtf((float)D);
+        hadamard_lanes<4>(out);
+        for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c];
         __syncwarp();
 
         finish_warp<S, QUERIES>(a, p, m, l, [&](int q, int c) { return result.o[q][C * lane + c] + plain[q][c]; });

@@ -135,6 +135,23 @@ __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *cod
         for (int i = 0; i < BYTES; i += 2) x[i / 2] = __byte_perm(load_codeword(at(i)), load_codeword(at(i + 1)), 0x7610);
     }
 }
+// Products of 16 tokens' codewords and the query's bytes: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
+// `codes` is where those of token g begin, the first field of a block.
+template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint32_t codes, int tile, const uint32_t (&bq)[N], uint32_t table) {
+    constexpr int D = K::d, ROW = D / K::channels, BYTES = ROW / 4, WORDS = BYTES < 4 ? 1 : BYTES / 4;
+    constexpr bool ALIGNED8 = sizeof(typename K::Block) % 8 == 0;
+    uint32_t x[2][N];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t code[WORDS], sign[WORDS];
+        const uint32_t at = codes + (16 * tile + 8 * half) * ROW;
+        load_bytes<BYTES, ALIGNED8>(code, at);
+        if constexpr (K::has_sign) load_bytes<BYTES, ALIGNED8>(sign, at + KV_BLOCK * ROW);
+        look_up<K::channels, K::has_sign, BYTES>(x[half], code, sign, table);
+    }
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+}
 // One copy of codeword k for every lane that reads it alone.
 template <int C, int WARPS> __device__ void fill_table(uint32_t table, const int8_t *codebook) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -40,9 +40,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     using KB = typename K::Block;
     using VB = typename V::Block;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
-    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, KW = K_BYTES < 4 ? 1 : K_BYTES / 4, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
+    constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
-    constexpr bool K8 = sizeof(KB) % 8 == 0, V8 = sizeof(VB) % 8 == 0;
+    constexpr bool V8 = sizeof(VB) % 8 == 0;
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
     const uint32_t mine = S::warp_at(warp), z_at = mine + 2 * S::SLOT;    // (8, D/2) column, pair: (cosine part, sine part) in f16
@@ -128,17 +128,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
                 int e[4] = {};
-                uint32_t x[2][2 * STEPS];
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t code[KW], sign[KW];
-                    const uint32_t at = kb + k_lane + (16 * tile + 8 * half) * (D / K::channels);    // the codes come first in a block
-                    load_bytes<K_BYTES, K8>(code, at);
-                    if constexpr (K::has_sign) load_bytes<K_BYTES, K8>(sign, at + KV_BLOCK * (D / K::channels));
-                    look_up<K::channels, K::has_sign, K_BYTES>(x[half], code, sign, k_table);
-                }
-#pragma unroll
-                for (int k = 0; k < STEPS; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+                multiply_keys<K>(e, kb + k_lane, tile, bq, k_table);
                 dot[tile][0] = e[0] * 256 + e[1], dot[tile][1] = e[2] * 256 + e[3];
             }
             float score[2];

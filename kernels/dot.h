@@ -24,6 +24,18 @@ template <class T> LANE_FUNCTION f32x16 load_tail(const T *p, int n) {
     return load16(a);
 }
 
+// y[r,c] = the sum of the lanes of sum[r][c]
+template <int R, int C> LANE_FUNCTION void store_sums(float *y, const f32x16 (&sum)[R][C], int64_t y_stride) {
+    for (int r = 0; r < R; r++) {
+        float *to = y + r * y_stride;
+        if (C == 4) {
+            const v4 four = sum4(fold16(sum[r][0]), fold16(sum[r][1 % C]), fold16(sum[r][2 % C]), fold16(sum[r][3 % C]));
+            memcpy(to, &four, sizeof four);
+        } else
+            for (int c = 0; c < C; c++) to[c] = sum16(sum[r][c]);
+    }
+}
+
 // y[r,c] = sum_i x[r,i] W[c,i] for R rows and C outputs; rows of x, W and y are x_stride, W_stride, y_stride apart.
 template <int R, int C, class T>
 LANE_FUNCTION void dot_tile(float *y, const float *x, const T *W, int n, int64_t y_stride, int64_t x_stride, int64_t W_stride) {
@@ -45,14 +57,7 @@ LANE_FUNCTION void dot_tile(float *y, const float *x, const T *W, int n, int64_t
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++)
                 add_product(sum[r][c], load_tail(x + r * x_stride + i, n - i), load_tail(W + c * W_stride + i, n - i));
-    for (int r = 0; r < R; r++) {
-        float *to = y + r * y_stride;
-        if (C == 4) {
-            const v4 four = sum4(fold16(sum[r][0]), fold16(sum[r][1 % C]), fold16(sum[r][2 % C]), fold16(sum[r][3 % C]));
-            memcpy(to, &four, sizeof four);
-        } else
-            for (int c = 0; c < C; c++) to[c] = sum16(sum[r][c]);
-    }
+    store_sums(y, sum, y_stride);
 }
 
 // The same for numbers of rows and outputs known only now.

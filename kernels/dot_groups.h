@@ -108,14 +108,7 @@ LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W, int6
                 }
         }
     }
-    for (int r = 0; r < R; r++) {
-        float *to = y + r * y_stride;
-        if (C == 4) {
-            const v4 four = sum4(fold16(sum[r][0]), fold16(sum[r][1 % C]), fold16(sum[r][2 % C]), fold16(sum[r][3 % C]));
-            memcpy(to, &four, sizeof four);
-        } else
-            for (int c = 0; c < C; c++) to[c] = sum16(sum[r][c]);
-    }
+    store_sums(y, sum, y_stride);
 }
 
 // The same for up to DOT_OUT outputs and any number of rows.

@@ -19,7 +19,6 @@
 #include <algorithm>
 #include <cuda_pipeline.h>
 #include "gemv.cuh"
-#include "mma.cuh"
 namespace cuda {
 
 // ---- f16: tensor cores --------------------------------------------------------------------------------------
@@ -42,17 +41,6 @@ constexpr int ring_bytes(int stages) { return MMA_WARPS * stages * 32 * 64; }
 constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
-// Two numbers as high and low halves:
-//   x = 16 (high + low / 2048)      both f16: 22 bits of x from 2^20 down to 2^-10, and 2^-32 below
-// x that is to be normalised may have any size in between: s g x is off by 2^-22 of itself or by s 2^-32, and s is at most
-// 1 / rms(x), so the latter is 2^-22 of the mean normalised value or less as long as rms(x) >= 2^-10.
-__device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float x1) {
-    x0 *= 0.0625f, x1 *= 0.0625f;
-    const __half2 h = __floats2half2_rn(x0, x1);
-    const float2 back = __half22float2(h);
-    memcpy(&high, &h, 4);
-    low = pack((x0 - back.x) * 2048.0f, (x1 - back.y) * 2048.0f);
-}
 __device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
 // 16 bytes; of the 256 around them the rest comes to L2, it is the next lanes'.

@@ -1,7 +1,7 @@
 // gemv.cuh - what matmul.cu asks of gemv.cu: products of few rows.
 #pragma once
-#include "cuda.cuh"
 #include "groups.h"
+#include "mma.cuh"
 
 namespace cuda {
 
@@ -30,6 +30,18 @@ struct Products {
     template <class T> __device__ const T *weights_of(Row row, int in) const { return (const T *)W[row.m].data + (int64_t)row.o * in; }
     __device__ float *result_of(Row row, int n) const { return y[row.m] + (int64_t)n * out[row.m] + row.o; }
 };
+
+// Two numbers as high and low halves:
+//   x = 16 (high + low / 2048)      both f16: 22 bits of x from 2^20 down to 2^-10, and 2^-32 below
+// x that is to be normalised may have any size in between: s g x is off by 2^-22 of itself or by s 2^-32, and s is at most
+// 1 / rms(x), so the latter is 2^-22 of the mean normalised value or less as long as rms(x) >= 2^-10.
+__device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float x1) {
+    x0 *= 0.0625f, x1 *= 0.0625f;
+    const __half2 h = __floats2half2_rn(x0, x1);
+    const float2 back = __half22float2(h);
+    memcpy(&high, &h, 4);
+    low = pack((x0 - back.x) * 2048.0f, (x1 - back.y) * 2048.0f);
+}
 
 // N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.
 void gemv(const Products &p, const float *x, int N, int in);

@@ -21,7 +21,6 @@
 #ifdef __CUDACC__
 #include <cuda_pipeline.h>
 #include "gemv.cuh"
-#include "mma.cuh"
 namespace cuda {
 
 constexpr int WARPS = 16;
@@ -36,16 +35,6 @@ static_assert(RING_BYTES + PART_BYTES + X_NUMBERS * 4 <= 227 * 1024, "the shared
 
 template <DType T> constexpr int UNIT = T == DType::q4 ? 128 : 64;    // inputs in 64 bytes of codes
 
-// Two numbers as halves: x = 16 (high + low / 2048).
-__device__ inline void split_pair(unsigned &high, unsigned &low, float x0, float x1) {
-    x0 *= 0.0625f, x1 *= 0.0625f;
-    high = pack(x0, x1);
-    __half2 h;
-    memcpy(&h, &high, 4);
-    const float2 back = __half22float2(h);
-    low = pack((x0 - back.x) * 2048.0f, (x1 - back.y) * 2048.0f);
-}
-
 // Rows of x, inputs begin ... end - 1, as the tensor core takes them: [group][high, low][row][t] of 4 pairs each.
 __device__ inline void fill_x(uint4 *xs, const float *x, int N, int in, int begin, int end) {
     const int items = (end - begin) / GROUP * 4 * N;
@@ -54,8 +43,8 @@ __device__ inline void fill_x(uint4 *xs, const float *x, int N, int in, int begi
         const float4 *from = (const float4 *)(x + (int64_t)(at / 4) * in + begin + group * GROUP) + at % 4;
         const float4 a = from[0], b = from[4];
         uint4 high, low;
-        split_pair(high.x, low.x, a.x, a.z), split_pair(high.y, low.y, a.y, a.w);
-        split_pair(high.z, low.z, b.x, b.z), split_pair(high.w, low.w, b.y, b.w);
+        split_f16(high.x, low.x, a.x, a.z), split_f16(high.y, low.y, a.y, a.w);
+        split_f16(high.z, low.z, b.x, b.z), split_f16(high.w, low.w, b.y, b.w);
         xs[group * 8 * N + at] = high, xs[group * 8 * N + 4 * N + at] = low;
     }
 }
