@@ -11,38 +11,29 @@ constexpr int MAX_PARTS = 128;     // of a row and kv head
 constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
 constexpr int CODE_WARPS = 12;     // of a thread block of decode_codes.cu, if they fit
-// Who takes a part of the codes: with few rows a thread block, else a warp.
-HD int codes_teams(int rows) { return rows <= FEW_ROWS ? GPU_SMS : GPU_SMS * CODE_WARPS; }
+constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
+constexpr int MOST_COUNTED = 1 << 16;    // rows times query heads, if there is more than one part
 
 struct DecodeArgs {
     float *y;                  // (N, Hq, d)
     KvView kv;
-    const f16 *k16, *v16;      // (N, Hkv, d)
+    const float *q, *k, *v;    // (N, Hq, d), (N, Hkv, d)
+    const f16 *k16, *v16;      // (N, Hkv, d)         of k, v; null: attend, q is not turned by RoPE, and the ring does not have k, v
     Batch b;
-    float *q_scaled;           // (N, Hq, d)          q log2(e) / sqrt(d), after RoPE
-    int8_t *q_code;            // (N, Hq, 2, d)       hi, lo of R of it, in units of q_unit.x
-    float2 *q_unit;            // (N, Hq)             unit, half the sum of the integers
     float *part_o;             // (N, Hq, room, d)    sums of a part: R is done
     float2 *part_ml;           // (N, Hq, room)       m in base 2, l
-    int *arrived;              // (N, Hq)             parts that are done; the last one puts it back to 0
+    unsigned *arrived;         // (N, Hq)             parts that are done; the last one makes it 0
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
     int room;                  // parts that a row and head can have
+    int team;                  // warps that share a part of codes
+    bool seals;                // this step seals blocks
+    HD bool fresh() const { return k16 == nullptr; }
 };
 
-// Parts that the cache of a row and head is divided into if it is long; heads: Hkv chunks, teams: that work at a time.  Few rows
-// spread over the whole GPU; of many, as many parts as keep most teams busy in the last of up to four rounds.
-inline int decode_parts(int rows, int heads, int teams) {
-    if (rows <= FEW_ROWS) return std::clamp(teams / heads, 1, MAX_PARTS);
-    const double tasks = (double)rows * heads;
-    int best = 1;
-    double best_busy = 0;    // share of the teams' time
-    for (int rounds = 1; rounds <= 4; rounds++) {
-        const int parts = std::clamp((int)(rounds * teams / tasks), 1, MAX_PARTS);
-        const double busy = tasks * parts / teams / std::ceil(tasks * parts / teams);
-        if (busy > 1.03 * best_busy) best = parts, best_busy = busy;
-    }
-    return best;
-}
+// Who does what: a cache of a row and head is divided into parts, a part is a team's, whose warps take turns.
+struct Shares { int parts, team; };
+// Few rows spread over the whole GPU.
+inline int parts_of_few(int heads, int teams) { return std::clamp(teams / heads, 1, MAX_PARTS); }
 // Of a cache of so many units, at least `least` in a part.
 HD int parts_of(int units, int least, int most) { return units < 2 * least ? 1 : units / least < most ? units / least : most; }
 
@@ -64,6 +55,31 @@ template <int N> __device__ inline Floats<N> load_l2(const float *p) {    // wha
     if constexpr (N == 4) { const float4 v = __ldcg((const float4 *)p); memcpy(&f, &v, sizeof f); }
     else { const float2 v = __ldcg((const float2 *)p); memcpy(&f, &v, sizeof f); }
     return f;
+}
+
+// A row's query, after RoPE, times log2(e) / sqrt(d): pairs p of a lane are channels D/64 lane + p and D/2 further.
+template <int D> __device__ inline void load_query(float (&x)[D / 32], const DecodeArgs &a, int64_t query, int pos) {
+    constexpr int PAIRS = D / 64;
+    const int j = PAIRS * (threadIdx.x % 32);
+    const float *q = a.q + query * D + j, scale = 1.4426950408889634f * rsqrtf((float)D);
+#pragma unroll
+    for (int p = 0; p < PAIRS; p++) {
+        const float lo = q[p], hi = q[D / 2 + p];
+        float c = 1, s = 0;
+        if (a.fresh()) rope_angle(c, s, a.kv.rope, pos, j + p, D);
+        x[p] = (lo * c - hi * s) * scale, x[PAIRS + p] = (lo * s + hi * c) * scale;
+    }
+}
+// The row's own key and value as everybody else reads them; in attend they go to the ring first.  By the warp that reads them.
+struct OwnRow { const f16 *k, *v; };
+template <int D> __device__ inline OwnRow own_row(const DecodeArgs &a, int n, int slot, int h, int pos, bool put) {
+    const int64_t row = ((int64_t)n * a.kv.Hkv + h) * D;
+    if (!a.fresh()) return {a.k16 + row, a.v16 + row};
+    const int64_t ring = a.kv.exact_at(a.layer, slot, h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * D;
+    if (put)
+        for (int c = threadIdx.x % 32; c < D; c += 32) a.kv.k_exact[ring + c] = to_f16(a.k[row + c]), a.kv.v_exact[ring + c] = to_f16(a.v[row + c]);
+    __syncwarp();
+    return {a.kv.k_exact + ring, a.kv.v_exact + ring};
 }
 
 // Lane L gets the sum of s[L % N] over the N lanes around it.
@@ -91,14 +107,14 @@ template <int D, int Q> struct ExactTokens {
     Halves<PAIRS> k_lo[GROUP], k_hi[GROUP];
     Halves<C> v[GROUP];
 
-    // Queries of a row and head, turned back by the angle of block i.
-    __device__ void turn_queries(const float *q_scaled, int n_queries, const float *base) {
+    // scaled(i, p): query i as load_query has it, turned back by the angle of a block.
+    template <class Scaled> __device__ void turn_queries(Scaled scaled, const float *base) {
         const int j = PAIRS * (threadIdx.x % 32);
         for (int p = 0; p < PAIRS; p++) {
             const float c = base[j + p], s = base[D / 2 + j + p];
 #pragma unroll
             for (int i = 0; i < Q; i++) {
-                const float lo = i < n_queries ? q_scaled[i * D + j + p] : 0.0f, hi = i < n_queries ? q_scaled[i * D + D / 2 + j + p] : 0.0f;
+                const float lo = scaled(i, p), hi = scaled(i, PAIRS + p);
                 q[i][p] = lo * c + hi * s, q[i][PAIRS + p] = hi * c - lo * s;
             }
         }
@@ -207,10 +223,9 @@ __device__ void finish_part(const DecodeArgs &a, int64_t first, int n, int part,
     __threadfence();
     __syncwarp();
     int before = 0;
-    if (lane == 0) before = atomicAdd(a.arrived + first, 1);
+    if (lane == 0) before = atomicInc(a.arrived + first, parts - 1);
     if (__shfl_sync(~0u, before, 0) + 1 < parts) return;
     __threadfence();
-    if (lane == 0) a.arrived[first] = 0;
     for (int q = 0; q < n; q++) {
         const float2 *ml = a.part_ml + (first + q) * a.room;
         const float *part_o = a.part_o + (first + q) * a.room * D + C * lane;
@@ -251,22 +266,24 @@ template <int D, int Q> struct WarpResult {
         }
     }
 };
-// Warp q merges query q's, in the order of the warps, and hands it on.  result(w): warp w's.
+// Those of a team are merged in their order and handed on, a query by a warp.  result(w): warp w's.
 template <int D, int Q, class Result>
-__device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int warps, Result result) {
-    const int q = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (q >= n) return;
-    float m[1] = {-INFINITY}, l[1] = {}, o[1][D / 32] = {};
-    for (int w = 0; w < warps; w++) m[0] = fmaxf(m[0], result(w).ml[q].x);
-    for (int w = 0; w < warps; w++) {
-        const WarpResult<D, Q> &r = result(w);
-        const float weight = merge_weight(r.ml[q].x, m[0]);
-        l[0] = fmaf(r.ml[q].y, weight, l[0]);
-        for (int c = 0; c < D / 32; c++) o[0][c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[0][c]);
+__device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int rank, int warps, Result result) {
+    const int lane = threadIdx.x % 32;
+    for (int q = rank; q < n; q += warps) {
+        float m[1] = {-INFINITY}, l[1] = {}, o[1][D / 32] = {};
+        for (int w = 0; w < warps; w++) m[0] = fmaxf(m[0], result(w).ml[q].x);
+        for (int w = 0; w < warps; w++) {
+            const WarpResult<D, Q> &r = result(w);
+            const float weight = merge_weight(r.ml[q].x, m[0]);
+            l[0] = fmaf(r.ml[q].y, weight, l[0]);
+            for (int c = 0; c < D / 32; c++) o[0][c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[0][c]);
+        }
+        finish_part<D, 1>(a, first + q, 1, part, parts, m, l, o);
     }
-    finish_part<D, 1>(a, first + q, 1, part, parts, m, l, o);
 }
 
-void decode_codes(const DecodeArgs &a);    // decode_codes.cu
-bool decode_codes_fit();                   // this device's shared memory
+Shares codes_shares(const KvView &kv, int rows, int G);    // decode_codes.cu
+void decode_codes(const DecodeArgs &a);
+bool decode_codes_fit();                                   // this device's shared memory
 }    // namespace cuda

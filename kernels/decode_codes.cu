@@ -31,7 +31,6 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
-    constexpr bool V8 = sizeof(typename V::Block) % 8 == 0;
     using KB = typename K::Block;
     using VB = typename V::Block;
     const KvView &kv = a.kv;
@@ -46,40 +45,39 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
-    fill_tables<K, V, S>(a);
-    prefetch_first<K, V>(a, WARPS, QUERIES);
+    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (WARPS / a.team);
+    int task = blockIdx.x + gridDim.x * (warp / a.team);
+    Tables<K, V, S> tables;
+    tables.load(kv);
+    if (a.seals) wait_for_inputs();
+    Part p(a, task, QUERIES);
+    if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    BlockRing<K, V, S> ring(a, p);
+    tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
-    const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
-    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (by_block ? 1 : WARPS);
+    auto go_on = [&] {
+        if ((task += teams) >= tasks) return;
+        p = Part(a, task, QUERIES), ring = BlockRing<K, V, S>(a, p);
+    };
 
-    for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
-        const Part p(a, task, by_block, WARPS, QUERIES);
-        if (p.part >= p.parts) continue;
-        const int n_queries = min(QUERIES, a.G - p.q0);
-        const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;    // of the queries
-
-        uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
-        for (int i = 0; i < 2 * STEPS; i++) bq[i] = g / 2 < n_queries ? *(const uint32_t *)(a.q_code + ((first + g / 2) * 2 + g % 2) * D + D / 4 * t + 4 * i) : 0;
-        const float2 unit_sum = t < n_queries ? a.q_unit[first + t] : make_float2(0, 0);
+    for (; task < tasks; go_on()) {
+        if (!p.there()) continue;
+        float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
+        uint32_t bq[2 * STEPS];
+        const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
-        float qs[QUERIES][2 * PAIRS];                              // pairs PAIRS lane ..
-        for (int q = 0; q < QUERIES; q++)
-            for (int p = 0; p < PAIRS; p++) {
-                qs[q][p] = q < n_queries ? a.q_scaled[(first + q) * D + PAIRS * lane + p] : 0.0f;
-                qs[q][PAIRS + p] = q < n_queries ? a.q_scaled[(first + q) * D + D / 2 + PAIRS * lane + p] : 0.0f;
-            }
+        ring.load_second();
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
-        BlockRing<K, V, S> ring(a, p);
         Floats<PAIRS> base[2][2];                                  // of the next two blocks
         if (p.count > 0) ring.load_base(base, 0);
         float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.k_at, vb = ring.v_at;
-            ring.advance(j);
+            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
+            ring.wait_block();
             if (j % 2 == 0) {    // means of this block and the next
                 uint32_t z[2][D / 8];
 #pragma unroll
@@ -96,7 +94,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                         Words<PAIRS> high, low;
 #pragma unroll
                         for (int p = 0; p < PAIRS; p++) {
-                            const float x = qs[q][p] * ml.x[p] + qs[q][PAIRS + p] * mh.x[p], y = qs[q][PAIRS + p] * ml.x[p] - qs[q][p] * mh.x[p];
+                            const float x = scaled[q][p] * ml.x[p] + scaled[q][PAIRS + p] * mh.x[p], y = scaled[q][PAIRS + p] * ml.x[p] - scaled[q][p] * mh.x[p];
                             high.x[p] = pack(x, y);
                             const float2 kept = unpack(high.x[p]);
                             low.x[p] = pack(x - kept.x, y - kept.y);
@@ -150,6 +148,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 score[2 * tile] = fmaf(fmaf((float)(e[0] * 256 + e[1]), unit, half_sum), f0.x, mean_score[2 * tile] * f0.y);
                 score[2 * tile + 1] = fmaf(fmaf((float)(e[2] * 256 + e[3]), unit, half_sum), f1.x, mean_score[2 * tile + 1] * f1.y);
             }
+            __syncwarp();
+            ring.release_keys(j);
             // softmax in base 2
             float top = score[0];
             for (int i = 1; i < 8; i++) top = fmaxf(top, score[i]);
@@ -200,8 +200,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 #pragma unroll
             for (int i = 0; i < 16; i++) {
                 const uint32_t at = vb + v_lane + (8 * (i % 8) + i / 8 * 4) * (D / V::channels);
-                load_bytes<V_BYTES, V8>(vc[i], at);
-                if constexpr (V::has_sign) load_bytes<V_BYTES, V8>(vs[i], at + KV_BLOCK * (D / V::channels));
+                load_bytes<V_BYTES>(vc[i], at);
+                if constexpr (V::has_sign) load_bytes<V_BYTES>(vs[i], at + KV_BLOCK * (D / V::channels));
             }
 #pragma unroll
             for (int part8 = 0; part8 < V_CHANNELS / 8; part8++) {
@@ -239,6 +239,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int c = 0; c < C; c++) plain[q][c] = fmaf(sum, mean.x[c], plain[q][c]);
             }
             __syncwarp();
+            ring.release_values(j);
         }
 
         // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.
@@ -250,8 +251,36 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c];
         __syncwarp();
 
-        finish_warp<S, QUERIES>(a, p, m, l, [&](int q, int c) { return result.o[q][C * lane + c] + plain[q][c]; });
+        finish_warp<S, QUERIES>(a, p, scaled, m, l, [&](int q, int c) { return result.o[q][C * lane + c] + plain[q][c]; });
     }
+}
+
+// Teams and parts for more than FEW_ROWS rows whose caches are full: what takes the fewest blocks one after the other, where what a
+// part costs beside them counts as blocks too.
+static Shares shares_of_many(int tasks, int blocks, int warps, int least_team) {
+    Shares best = {1, 1};
+    double best_time = INFINITY;
+    for (int team = least_team; team <= warps; team++)
+        for (int parts = 1; warps % team == 0 && parts <= std::clamp(MOST_TASKS / tasks, 1, MAX_PARTS); parts++) {
+            const int64_t rounds = ceil_div((int64_t)tasks * parts, (int64_t)GPU_SMS * (warps / team));
+            const double time = rounds * (ceil_div(ceil_div(blocks, parts), team) + 1.5 + (parts > 1));
+            if (time < best_time) best = {parts, team}, best_time = time;
+        }
+    return best;
+}
+Shares codes_shares(const KvView &kv, int rows, int G) {
+    Shares shares;
+    auto of = [&](auto layout) {
+        using S = decltype(layout);
+        const int heads = kv.Hkv * (int)ceil_div(G, QUERIES);
+        shares = rows <= FEW_ROWS ? Shares{parts_of_few(heads, GPU_SMS), S::WARPS} : shares_of_many(rows * heads, kv.max_blocks, S::WARPS, S::LEAST_TEAM);
+    };
+    with_nsn(kv, [&](auto k, auto v) {
+        using K = decltype(k);
+        using V = decltype(v);
+        G == 1 ? of(Layout<K, V, 1>()) : of(Layout<K, V, QUERIES>());
+    });
+    return shares;
 }
 
 bool decode_codes_fit() { return most_shared >= (int)(END - START); }

@@ -5,18 +5,18 @@
 
 namespace cuda {
 
-constexpr int BLOCKS_EACH = 8;    // at least, of a part that a thread block has
+constexpr int BLOCKS_EACH = 8;    // at least, of a part of few rows
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
 constexpr int ONE_WARPS = 12;     // of a thread block of decode_codes_mha.cu, if they fit
+
+template <class Format> constexpr int stride = (sizeof(typename Format::Block) + 15) / 16 * 16;    // kv_block_stride
 
 // Q: query heads of a kv head, at most.
 template <class K, class V, int Q> struct Layout {
     static constexpr int D = K::d, MOST_WARPS = Q == 1 ? ONE_WARPS : CODE_WARPS;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
-    // A block and what is before it in its first 16 bytes.
-    static constexpr int span(int bytes) { return (bytes + (bytes % 16 ? 16 - (bytes & -bytes) : 0) + 15) / 16 * 16; }
-    static constexpr int SLOT_K = span(sizeof(typename K::Block)), SLOT_V = span(sizeof(typename V::Block)), SLOT = SLOT_K + SLOT_V;
+    static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
     // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
     static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
@@ -26,6 +26,9 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
     static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < MOST_WARPS ? BELOW + (int)(END - ABOVE) / WARP : MOST_WARPS;
     static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
+    static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;
+    static_assert((Q + LEAST_TEAM - 1) / LEAST_TEAM * QUERY <= SLOT, "queries do not fit");
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
@@ -97,19 +100,17 @@ template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_
 }
 
 // ---- fields of a block --------------------------------------------------------------------------------------
-// BYTES neighbouring bytes as words.
-template <int BYTES, bool ALIGNED8> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ? 1 : BYTES / 4], uint32_t at) {
+// BYTES neighbouring bytes as words; at a multiple of BYTES.
+template <int BYTES> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ? 1 : BYTES / 4], uint32_t at) {
     if constexpr (BYTES == 1) w[0] = load_shared<uint8_t>(at);
     else if constexpr (BYTES == 2) w[0] = load_shared<uint16_t>(at);
-    else if constexpr (BYTES == 4 || !ALIGNED8) {
-#pragma unroll
-        for (int i = 0; i < BYTES / 4; i++) w[i] = load_shared<uint32_t>(at + 4 * i);
+    else if constexpr (BYTES == 4) w[0] = load_shared<uint32_t>(at);
+    else if constexpr (BYTES == 8) {
+        const uint2 v = load_shared<uint2>(at);
+        w[0] = v.x, w[1] = v.y;
     } else {
-#pragma unroll
-        for (int i = 0; i < BYTES / 8; i++) {
-            const uint2 v = load_shared<uint2>(at + 8 * i);
-            w[2 * i] = v.x, w[2 * i + 1] = v.y;
-        }
+        const uint4 v = load_shared<uint4>(at);
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
 }
 // Words of 4 channels: the codewords that the bytes name, signs applied.  lane_table: TABLE, the side's half, the lane's copy.
@@ -139,60 +140,74 @@ __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *cod
 // `codes` is where those of token g begin, the first field of a block.
 template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint32_t codes, int tile, const uint32_t (&bq)[N], uint32_t table) {
     constexpr int D = K::d, ROW = D / K::channels, BYTES = ROW / 4, WORDS = BYTES < 4 ? 1 : BYTES / 4;
-    constexpr bool ALIGNED8 = sizeof(typename K::Block) % 8 == 0;
     uint32_t x[2][N];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t code[WORDS], sign[WORDS];
         const uint32_t at = codes + (16 * tile + 8 * half) * ROW;
-        load_bytes<BYTES, ALIGNED8>(code, at);
-        if constexpr (K::has_sign) load_bytes<BYTES, ALIGNED8>(sign, at + KV_BLOCK * ROW);
+        load_bytes<BYTES>(code, at);
+        if constexpr (K::has_sign) load_bytes<BYTES>(sign, at + KV_BLOCK * ROW);
         look_up<K::channels, K::has_sign, BYTES>(x[half], code, sign, table);
     }
 #pragma unroll
     for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
 }
-// One copy of codeword k for every lane that reads it alone.
-template <int C, int WARPS> __device__ void fill_table(uint32_t table, const int8_t *codebook) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    constexpr int EACH = (256 + WARPS - 1) / WARPS;
+// One copy of codeword k for every lane that reads it alone.  Loads and stores are apart, so that those of all tables wait together.
+template <int C, int WARPS> struct TableRows {
+    static constexpr int EACH = (256 + WARPS - 1) / WARPS;
     uint32_t v[EACH];
+    __device__ void load(const int8_t *codebook) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int k = min(warp + i * WARPS, 255);
-        if constexpr (C == 2) v[i] = *(const uint16_t *)(codebook + 2 * k) * 0x10001u;
-        else v[i] = *(const uint32_t *)(codebook + k * C + (C == 8 ? lane % 2 * 4 : 0));
+        for (int i = 0; i < EACH; i++) {
+            const int k = min((int)threadIdx.x / 32 + i * WARPS, 255);
+            if constexpr (C == 2) v[i] = *(const uint16_t *)(codebook + 2 * k) * 0x10001u;
+            else v[i] = *(const uint32_t *)(codebook + k * C + (C == 8 ? threadIdx.x % 2 * 4 : 0));
+        }
     }
+    __device__ void store(uint32_t table) const {
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
-        if (warp + i * WARPS < 256) store_shared(table + (warp + i * WARPS) * 256 + lane * 4, v[i]);
-}
+        for (int i = 0; i < EACH; i++) {
+            const int k = threadIdx.x / 32 + i * WARPS;
+            if (k < 256) store_shared(table + k * 256 + threadIdx.x % 32 * 4, v[i]);
+        }
+    }
+};
 // Cosines and sines of tokens 0 .. 63 as fragments of an A operand: fragment k of tile i has pairs 16 (k / 2) + 4 t + 2 (k % 2) ..
-template <class S> __device__ void fill_E(const float *rope_step) {
-    constexpr int D = S::D, FRAGMENTS = 4 * (D / 16), EACH = (FRAGMENTS + S::WARPS - 1) / S::WARPS;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+template <class S> struct AngleRows {
+    static constexpr int D = S::D, FRAGMENTS = 4 * (D / 16), EACH = (FRAGMENTS + S::WARPS - 1) / S::WARPS;
     float2 x[EACH][2][2];    // rows lane / 4 and 8 further; cosines, sines of two pairs
-    auto fragment = [&](int i) { return min(warp + i * S::WARPS, FRAGMENTS - 1); };
+    __device__ static int fragment(int i) { return min((int)threadIdx.x / 32 + i * S::WARPS, FRAGMENTS - 1); }
+    __device__ void load(const float *rope_step) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const int tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
-        for (int row = 0; row < 2; row++)
-            for (int part = 0; part < 2; part++) x[i][row][part] = *(const float2 *)(rope_step + (16 * tile + lane / 4 + 8 * row) * D + part * (D / 2) + pair);
+        for (int i = 0; i < EACH; i++) {
+            const int tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
+            for (int row = 0; row < 2; row++)
+                for (int part = 0; part < 2; part++) x[i][row][part] = *(const float2 *)(rope_step + (16 * tile + lane / 4 + 8 * row) * D + part * (D / 2) + pair);
+        }
     }
+    __device__ void store() const {
 #pragma unroll
-    for (int i = 0; i < EACH; i++)
-        store_shared(S::E(lane) + fragment(i) * S::FRAGMENT, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
-}
-// All tables, if a row of the step reads codes.  Positions are there before the step's first kernel, what kernels write is not.
-template <class K, class V, class S> __device__ void fill_tables(const DecodeArgs &a) {
-    bool coded = false;
-    for (int n = threadIdx.x; n < a.b.N; n += blockDim.x) coded = coded || a.kv.coded_end(a.b.pos[n]) > a.kv.sink;
-    if (!__syncthreads_or(coded)) return;
-    fill_table<K::channels, S::WARPS>(TABLE, a.kv.k_codebook);
-    if (!S::ALIKE) fill_table<V::channels, S::WARPS>(TABLE + 128, a.kv.v_codebook);
-    fill_E<S>(a.kv.rope.step);
-    __syncthreads();
-}
+        for (int i = 0; i < EACH; i++)
+            store_shared(S::E(threadIdx.x % 32) + fragment(i) * S::FRAGMENT, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
+    }
+};
+template <class K, class V, class S> struct Tables {
+    TableRows<K::channels, S::WARPS> k;
+    TableRows<V::channels, S::WARPS> v;
+    AngleRows<S> angles;
+    __device__ void load(const KvView &kv) {
+        k.load(kv.k_codebook);
+        if (!S::ALIKE) v.load(kv.v_codebook);
+        angles.load(kv.rope.step);
+    }
+    __device__ void store() const {
+        k.store(TABLE);
+        if (!S::ALIKE) v.store(TABLE + 128);
+        angles.store();
+        __syncthreads();
+    }
+};
 // Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleF16 *) { return unpack(load_shared<uint32_t>(at + 4 * lane)); }
 __device__ inline float2 scales_at(uint32_t at, int lane, const ScaleLog8 *) {
@@ -220,128 +235,163 @@ template <int D, int N> __device__ inline Floats<N> mean_at(uint32_t at, int c) 
 }
 
 // ---- a warp's part ------------------------------------------------------------------------------------------
-// Part `part` of the cache of row n and kv head h, for query heads from q0 on; blocks begin, begin + stride, ... are the warp's.
+// Part `part` of the cache of row n and kv head h, for query heads from q0 on; the team's warp `rank` has blocks begin, begin + team ...
 struct Part {
-    int n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, stride, warp;
-    bool by_block;    // a thread block has it, its warps take turns; else a warp
-    __device__ Part(const DecodeArgs &a, int task, bool by_block, int warps, int queries) : warp(threadIdx.x / 32), by_block(by_block) {
+    int n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, team, rank, warp;
+    __device__ Part(const DecodeArgs &a, int task, int queries) : team(a.team), rank(threadIdx.x / 32 % a.team), warp(threadIdx.x / 32) {
         const KvView &kv = a.kv;
         const int heads = kv.Hkv * a.chunks, head = task % heads;
         n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks, q0 = head % a.chunks * queries;    // parts that few rows have come last
         slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos), n_blocks) - kv.sink);
-        parts = parts_of(coded, by_block ? BLOCKS_EACH : 1, a.room), stride = by_block ? warps : 1;
-        begin = kv.sink + (int)((int64_t)coded * part / parts) + (by_block ? warp : 0);
+        parts = parts_of(coded, a.b.N <= FEW_ROWS ? BLOCKS_EACH : 1, a.room);
+        begin = kv.sink + (int)((int64_t)coded * part / parts) + rank;
         const int end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
-        count = begin < end ? (end - begin + stride - 1) / stride : 0;
+        count = there() && begin < end ? (end - begin + team - 1) / team : 0;
+    }
+    __device__ bool there() const { return part < parts; }
+    __device__ void sync() const {    // the team's warps
+        if (team == 1) __syncwarp();
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / team), "r"(32 * team) : "memory");
     }
 };
 
-// The first block of the warp's first part comes to L2.  It may yet be sealed by a kernel before; then this one's copy finds that.
-template <class K, class V> __device__ void prefetch_first(const DecodeArgs &a, int warps, int queries) {
-    const bool by_block = a.b.N <= FEW_ROWS;
-    const int task = blockIdx.x + (by_block ? 0 : gridDim.x * (threadIdx.x / 32));
-    if (task >= a.b.N * a.kv.Hkv * a.chunks * a.room) return;
-    const Part p(a, task, by_block, warps, queries);
-    if (p.part >= p.parts || p.count == 0) return;
-    auto prefetch = [&](const uint8_t *from, int bytes) {
-        for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
-    };
-    prefetch(a.kv.k_block(a.layer, p.slot, p.h, p.begin), sizeof(typename K::Block));
-    prefetch(a.kv.v_block(a.layer, p.slot, p.h, p.begin), sizeof(typename V::Block));
+// The part's queries, by whoever of the team gets them (of one query everybody has it): its pairs of all of them, and the fragments of
+// their integers, column g of a B operand: channels D/4 t + 4 i ..  Returns (unit, half the sum of the integers) of query t.
+template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
+    constexpr int D = S::D, C = D / 32, PAIRS = D / 64;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, n_queries = min(Q, a.G - p.q0), ranks = Q == 1 ? 1 : p.team, rank = Q == 1 ? 0 : p.rank;
+    auto at = [&](int q) { return S::warp_at(Q == 1 ? p.warp : p.warp - rank + q % ranks) + S::SLOT + q / ranks * S::QUERY; };
+    for (int q = rank; q < n_queries; q += ranks) {
+        float x[C];
+        load_query<D>(x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + q, p.pos);
+        for (int i = 0; i < C; i++) store_shared(at(q) + (i * 32 + lane) * 4, __float_as_uint(x[i]));
+        hadamard_lanes(x);    // of channels in the order of (lower or upper half, lane, pair)
+        float top = 1e-30f;
+        for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x[i]));
+        const float unit = warp_max(top) / 32512.0f;    // 127 * 256: hi fits a byte
+        int sum = 0;
+        for (int half = 0; half < 2; half++) {
+            int8_t hi[PAIRS], lo[PAIRS];
+            for (int i = 0; i < PAIRS; i++) {
+                const int v = __float2int_rn(x[half * PAIRS + i] / unit);
+                sum += v, lo[i] = (int8_t)(v & 255), hi[i] = (int8_t)((v - lo[i]) >> 8);
+            }
+            uint8_t *const bytes = at_address(at(q) + D * 4 + half * D / 2 + PAIRS * lane);
+            memcpy(bytes, hi, PAIRS), memcpy(bytes + D, lo, PAIRS);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) store_shared(at(q) + D * 6, Words<2>{{__float_as_uint(unit), __float_as_uint(0.5f * sum)}});
+    }
+    if (Q == 1) __syncwarp();
+    else p.sync();
+#pragma unroll
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < C; i++) scaled[q][i] = q < n_queries ? load_shared<float>(at(q) + (i * 32 + lane) * 4) : 0.0f;
+    const int mine = Q == 1 ? 0 : g / 2;
+    for (int i = 0; i < D / 16; i++) bq[i] = mine < n_queries ? load_shared<uint32_t>(at(mine) + D * 4 + g % 2 * D + D / 4 * t + 4 * i) : 0;
+    const int q = Q == 1 ? 0 : t;
+    const float2 unit = q < n_queries ? load_shared<float2>(at(q) + D * 6) : make_float2(0, 0);
+    if (Q == 1) __syncwarp();
+    else p.sync();
+    return unit;
 }
 
-// Block j of the warp: its bytes go to slot j % 2, from the 16-byte boundary before them, while block j - 1 is worked on; the mean of
-// its keys is there earlier, when j / AHEAD * AHEAD starts.
+// Block j of the warp: its keys and its values come to slot j % 2 as soon as those of block j - 2 are done with, the mean of its keys
+// before, when j / AHEAD * AHEAD starts.
 template <class K, class V, class S> struct BlockRing {
     static constexpr int AHEAD = S::MEANS / 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     static_assert(S::MEAN <= 128, "a word a lane");
-    const Part &part;
-    const int *const table;
-    const uint8_t *const k_from, *const v_from, *const mean_from;    // of number 0, the lane's bytes
-    const float *const base_from;
-    const uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
-    uint32_t k_at = 0, v_at = 0;                                     // of the block that comes
-    int next[AHEAD] = {};                                            // numbers in the pool of the blocks after it
+    int count, every;                                          // blocks, and from one to the next
+    const int *table;
+    const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
+    const float *base_from;
+    uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
+    int next[AHEAD] = {};                                      // numbers in the pool of the next blocks to load
 
-    __device__ BlockRing(const DecodeArgs &a, const Part &part)
-        : part(part), table(opaque(a.kv.table + (int64_t)part.slot * a.kv.max_blocks + part.begin)),
-          k_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, part) * sizeof(VB) + 16 * lane())),
-          mean_from(opaque(a.kv.k_sealed + first(a, part) * sizeof(KB) + offsetof(KB, mean) + 4 * lane())),
-          base_from(opaque(a.kv.rope.base + (int64_t)part.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * sizeof(KB)), v_bytes(a.kv.Hkv * sizeof(VB)),
-          slots(opaque(S::warp_at(part.warp) + 16 * lane())), means(opaque(S::means(part.warp) + 4 * lane())) {
-        if (part.count == 0) return;
-        const int number = entry(0);
+    __device__ BlockRing(const DecodeArgs &a, const Part &p)
+        : count(p.count), every(p.team), table(opaque(a.kv.table + (int64_t)p.slot * a.kv.max_blocks + p.begin)),
+          k_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, p) * S::SLOT_V + 16 * lane())),
+          mean_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + offsetof(KB, mean) + 4 * lane())),
+          base_from(opaque(a.kv.rope.base + (int64_t)p.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * S::SLOT_K), v_bytes(a.kv.Hkv * S::SLOT_V),
+          slots(opaque(S::warp_at(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
+        if (count == 0) return;
+        int number[AHEAD];
+        for (int i = 0; i < AHEAD; i++) number[i] = entry(i);
         for (int i = 0; i < AHEAD; i++) next[i] = entry(i + 1);
-        for (int i = 0; i < AHEAD; i++) load_mean(i, i ? next[i - 1] : number);
-        load(0, number);
-        commit();
+        for (int i = 0; i < AHEAD; i++) load_mean(i, number[i]);
+        load_keys(0, number[0]);
+        load_values(0, number[0]);
     }
-    // Block j is there, j + 1 comes.
-    __device__ void advance(int j) {
-        load(j + 1, next[0]);
-        load_mean(j + AHEAD, next[AHEAD - 1]);
-        commit();
+    // Block 1; its slot is used by prepare_queries before.
+    __device__ void load_second() {
+        if (count == 0) return;
+        release_keys(-1), release_values(-1);
+    }
+    __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + j % 2 * S::SLOT; }
+    __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
+    // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
+    __device__ void wait_keys() const { wait<3>(); }       // before the next are asked for
+    __device__ void wait_values() const { wait<3>(); }     // after release_keys
+    __device__ void wait_block() const { wait<2>(); }      // before it
+    // All lanes are done with the keys, with the values, of block j.
+    __device__ void release_keys(int j) {
+        load_mean(j + 1 + AHEAD, next[AHEAD - 1]);
+        load_keys(j + 2, next[0]);
+    }
+    __device__ void release_values(int j) {
+        load_values(j + 2, next[0]);
         for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
-        next[AHEAD - 1] = entry(j + 1 + AHEAD);
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-        __syncwarp();
+        next[AHEAD - 1] = entry(j + 2 + AHEAD);
     }
     // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
     template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
         static_assert(N == K::d / 64);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const float *from = base_from + (int64_t)(min(j + i, part.count - 1) * part.stride) * K::d;
+            const float *from = base_from + (int64_t)(min(j + i, count - 1) * every) * K::d;
             base[i][0] = *(const Floats<N> *)from, base[i][1] = *(const Floats<N> *)(from + K::d / 2);
         }
     }
 
   private:
     __device__ static int lane() { return threadIdx.x % 32; }
-    __device__ static int64_t first(const DecodeArgs &a, const Part &part) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + part.h; }    // as kv.sealed_at
-    __device__ int entry(int j) const { return table[min(j, part.count - 1) * part.stride]; }
+    __device__ static int64_t first(const DecodeArgs &a, const Part &p) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + p.h; }    // as kv.sealed_at
+    __device__ int entry(int j) const { return table[min(j, count - 1) * every]; }
     __device__ void load_mean(int j, int number) const {
-        copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < part.count && lane() < S::MEAN / 4);
+        copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
     }
-    // `from` and `to` are the lane's; says what of the 16 bytes is before the block.  Only the block is read: whole 16 bytes, then the
-    // words before the first of them and behind the last.
-    template <int BYTES> __device__ uint32_t copy(uint32_t to, const uint8_t *from) const {
-        const int before = (int)((uintptr_t)from & 15), end = before + BYTES, at_lane = 16 * lane();
-        from -= before;
+    // `from` and `to` are the lane's.
+    template <int BYTES> __device__ static void copy(uint32_t to, const uint8_t *from, bool wanted) {
 #pragma unroll
-        for (int at = 0; at < BYTES; at += 512)
-            copy_async<16>(to + at, from + at, (at > 0 || at_lane >= before) && (at + 512 <= BYTES || at + at_lane + 16 <= end));
-        if (BYTES % 16) {
-            const int word = 4 * lane() + (lane() < 4 ? 0 : end / 16 * 16 - 16);
-            copy_async<4>(to - at_lane + word, from - at_lane + word, lane() < 4 ? before > 0 && word >= before : lane() < 8 && word < end);
-        }
-        return before;
+        for (int at = 0; at < BYTES; at += 512) copy_async<16>(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
+        asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __device__ void load(int j, int number) {
-        if (j >= part.count) return;
-        const uint32_t to = slots + j % 2 * S::SLOT, block = to - 16 * lane();
-        k_at = block + copy<sizeof(KB)>(to, k_from + (uint64_t)(uint32_t)number * k_bytes);
-        v_at = block + S::SLOT_K + copy<sizeof(VB)>(to + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes);
+    __device__ void load_keys(int j, int number) const { copy<S::SLOT_K>(slots + j % 2 * S::SLOT, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
+    __device__ void load_values(int j, int number) const { copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count); }
+    template <int IN_FLIGHT> __device__ static void wait() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
+        __syncwarp();
     }
-    __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 };
 
 // Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
-template <class S, int Q, class Coded> __device__ void finish_warp(const DecodeArgs &a, const Part &p, float m, float l, Coded coded) {
+template <class S, int Q, class Coded>
+__device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Coded coded) {
     constexpr int D = S::D, C = D / 32;
     const KvView &kv = a.kv;
     const int n_queries = min(Q, a.G - p.q0);
     const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
     ExactTokens<D, Q> tokens;
     const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
-    for (int i = p.part + (p.by_block ? p.warp * p.parts : 0); i < groups; i += p.parts * p.stride) {
+    for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {              // last warps have fewer blocks
         const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
-        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block), own_row = ((int64_t)p.n * kv.Hkv + p.h) * D;
-        tokens.load_keys(kv.k_exact + rows, a.k16 + own_row, t0, own);
-        tokens.load_values(kv.v_exact + rows, a.v16 + own_row, t0, own);
-        tokens.turn_queries(a.q_scaled + first * D, n_queries, kv.rope.base + (int64_t)block * D);
+        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1);
+        tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
+        tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
+        tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);
         tokens.add_values(tokens.scores(kv.rope.step, t0, own));
     }
     float m_of[Q], l_of[Q];
@@ -353,16 +403,16 @@ template <class S, int Q, class Coded> __device__ void finish_warp(const DecodeA
         m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
         for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
     }
-    if (!p.by_block) {
+    if (p.team == 1) {
         finish_part<D, Q>(a, first, n_queries, p.part, p.parts, m_of, l_of, tokens.o);
         __syncwarp();    // what coded reads is used again
         return;
     }
-    auto result = [](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(w)); };
-    result(p.warp).put(m_of, l_of, tokens.o);
-    __syncthreads();
-    merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, S::WARPS, result);
-    __syncthreads();
+    auto result = [&](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(p.warp - p.rank + w)); };
+    result(p.rank).put(m_of, l_of, tokens.o);
+    p.sync();
+    merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, p.rank, p.team, result);
+    p.sync();
 }
 
 // ---- formats ------------------------------------------------------------------------------------------------
@@ -383,7 +433,8 @@ template <class Function> void with_nsn(const KvView &kv, Function f) { kv.d == 
 template <class S> void launch_codes(void (*kernel)(DecodeArgs), const DecodeArgs &a) {
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);    // S: of one kernel
     CUDA_CHECK(allowed);
-    launch(kernel, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, sm_count)), 32 * S::WARPS, S::BYTES, a);
+    const int64_t tasks = (int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room;
+    launch(kernel, dim3((unsigned)std::min<int64_t>(tasks, sm_count)), 32 * S::WARPS, S::BYTES, a);
 }
 void decode_codes_one(const DecodeArgs &a);    // decode_codes_mha.cu: G = 1
 }    // namespace cuda

@@ -42,7 +42,6 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
-    constexpr bool V8 = sizeof(VB) % 8 == 0;
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
     const uint32_t mine = S::warp_at(warp), z_at = mine + 2 * S::SLOT;    // (8, D/2) column, pair: (cosine part, sine part) in f16
@@ -56,43 +55,52 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
 
-    fill_tables<K, V, S>(a);
-    prefetch_first<K, V>(a, WARPS, 1);
+    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (WARPS / a.team);
+    int task = blockIdx.x + gridDim.x * (warp / a.team);
+    Tables<K, V, S> tables;
+    tables.load(kv);
+    if (a.seals) wait_for_inputs();
+    Part p(a, task, 1);
+    if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    BlockRing<K, V, S> ring(a, p);
+    tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
-    const bool by_block = a.b.N <= FEW_ROWS;    // a thread block a part, its warps take turns; else a warp a part
-    const int tasks = a.b.N * kv.Hkv * a.room, teams = gridDim.x * (by_block ? 1 : WARPS);
+    auto go_on = [&] {
+        if ((task += teams) >= tasks) return;
+        p = Part(a, task, 1), ring = BlockRing<K, V, S>(a, p);
+    };
 
-    for (int task = blockIdx.x + (by_block ? 0 : gridDim.x * warp); task < tasks; task += teams) {
-        const Part p(a, task, by_block, WARPS, 1);
-        if (p.part >= p.parts) continue;
-        const int64_t query = (int64_t)p.n * a.Hq + p.h;
-        uint32_t bq[2 * STEPS];                                    // column g: channels D/4 t + 4 i ..
-        for (int i = 0; i < 2 * STEPS; i++) bq[i] = *(const uint32_t *)(a.q_code + (query * 2 + g % 2) * D + D / 4 * t + 4 * i);
-        const float2 unit_sum = a.q_unit[query];
-        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
-        float q_lo[PAIRS], q_hi[PAIRS];                            // pairs PAIRS lane ..
-        for (int i = 0; i < PAIRS; i++) q_lo[i] = a.q_scaled[query * D + PAIRS * lane + i], q_hi[i] = a.q_scaled[query * D + D / 2 + PAIRS * lane + i];
+    for (; task < tasks; go_on()) {
+        if (!p.there()) continue;
+        float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
+        uint32_t bq[2 * STEPS];
+        const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
+        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
+        ring.load_second();
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
-        BlockRing<K, V, S> ring(a, p);
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.k_at, vb = ring.v_at;
-            ring.advance(j);
+            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
+            ring.wait_keys();
             if (j % 4 == 0) {    // means of this block and the next three
+                Floats<PAIRS> lo[4], hi[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const uint32_t mean = means + j % S::MEANS * S::MEAN_STEP + i * S::MEAN_STEP;
-                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
+                    lo[i] = mean_at<D, PAIRS>(mean, PAIRS * lane), hi[i] = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
                     Words<PAIRS> high, low;
 #pragma unroll
                     for (int k = 0; k < PAIRS; k++) {
                         const float c = base[i][0].x[k], s = base[i][1].x[k];
-                        const float ml = lo.x[k] * c - hi.x[k] * s, mh = lo.x[k] * s + hi.x[k] * c;
-                        const float x = q_lo[k] * ml + q_hi[k] * mh, y = q_hi[k] * ml - q_lo[k] * mh;
+                        const float ml = lo[i].x[k] * c - hi[i].x[k] * s, mh = lo[i].x[k] * s + hi[i].x[k] * c;
+                        const float x = q[k] * ml + q[PAIRS + k] * mh, y = q[PAIRS + k] * ml - q[k] * mh;
                         high.x[k] = pack(x, y);
                         const float2 kept = unpack(high.x[k]);
                         low.x[k] = pack(x - kept.x, y - kept.y);
@@ -141,6 +149,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 };
                 score[0] = s1.x * fmaf(code(0), s2.x, mean.x), score[1] = s1.y * fmaf(code(1), s2.y, mean.y);
             }
+            __syncwarp();
+            ring.release_keys(j);
             // softmax in base 2
             float top = fmaxf(score[0], score[1]);
             if (__any_sync(~0u, top > m)) {
@@ -150,6 +160,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                     for (int c = 0; c < 4; c++) out[i][c] *= old;
                 for (int c = 0; c < C; c++) plain[c] *= old;
             }
+            ring.wait_values();
             const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2, V::delta);
             const float p0 = exp2_fast(score[0] - m), p1 = exp2_fast(score[1] - m), weight0 = p0 * s1.x * s2.x, weight1 = p1 * s1.y * s2.y;
             l += p0 + p1;
@@ -173,8 +184,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int half = 0; half < 2; half++) {
                     uint32_t code[VW], sign[VW];
                     const uint32_t at = vb + v_lane + (8 * s + 4 * half) * (D / V::channels);
-                    load_bytes<V_BYTES, V8>(code, at);
-                    if constexpr (V::has_sign) load_bytes<V_BYTES, V8>(sign, at + KV_BLOCK * (D / V::channels));
+                    load_bytes<V_BYTES>(code, at);
+                    if constexpr (V::has_sign) load_bytes<V_BYTES>(sign, at + KV_BLOCK * (D / V::channels));
                     look_up<V::channels, V::has_sign, V_BYTES>(x[half], code, sign, v_table);
                     b[half] = __byte_perm(w[half][s / 2], 0, s % 2 ? select_upper : select);
                 }
@@ -187,6 +198,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
             for (int c = 0; c < C; c++) plain[c] = fmaf(s1_sum, mean.x[c], plain[c]);
             __syncwarp();
+            ring.release_values(j);
         }
 
         // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's.
@@ -204,7 +216,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         w_sum = warp_sum(w_sum);
         for (int c = 0; c < C; c++) sum[c] = result.o[0][C * lane + c] + 0.5f * w_sum;
         hadamard_lanes(sum);
-        finish_warp<S, 1>(a, p, m, warp_sum(l), [&](int, int c) { return sum[c] + plain[c]; });
+        finish_warp<S, 1>(a, p, scaled, m, warp_sum(l), [&](int, int c) { return sum[c] + plain[c]; });
     }
 }
 

@@ -183,7 +183,7 @@ static_assert(sizeof(Nsn2<48>::Block) == 64 * 12 + 128 + 36 + 24 + 8 && sizeof(N
 // ---- the whole cache, as the kernels see it; owns nothing -------------------------------------------------
 struct KvView {
     KvFormat k_format, v_format;             // of kv_side_format
-    int64_t k_block_bytes, v_block_bytes;    // sizeof(Block) for d
+    int64_t k_block_bytes, v_block_bytes;    // kv_block_stride
     int64_t k_beside_bytes, v_beside_bytes;  // kv_beside_bytes
     int k_share, v_share;                    // kv_share
     int L, B, Hkv, d;
@@ -271,6 +271,7 @@ template <class Function> auto with_format(KvFormat format, int d, Function f) {
 const char *kv_format_name(KvFormat f);
 KvFormat kv_format_from_name(const std::string &name);        // refuses an unknown name and lists the known ones
 int64_t kv_block_bytes(KvFormat f, int d);                     // sizeof(Block)
+int64_t kv_block_stride(KvFormat f, int d);                    // from one block to the next in the pool; zeros are between them
 const int8_t *kv_codebook(KvFormat f);                         // on the host, KV_CODEBOOK_BYTES; null if it has none
 float kv_scale_exponent(KvFormat f, bool key);                 // what its seal uses, see kv_write.cu
 constexpr int64_t KV_CODEBOOK_BYTES = 256 * 8;                 // of the largest

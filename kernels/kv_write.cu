@@ -39,6 +39,8 @@ int64_t kv_block_bytes(KvFormat f, int d) {
     return with_format(f, d, [](auto format) { return (int64_t)sizeof(typename decltype(format)::Block); });
 }
 
+// A kernel copies a block of codes 16 bytes at a time.
+int64_t kv_block_stride(KvFormat f, int d) { return kv_is_scalar(f) ? kv_block_bytes(f, d) : ceil_div(kv_block_bytes(f, d), 16) * 16; }
 const int8_t *kv_codebook(KvFormat f) {
     switch (f) {
     case KvFormat::nsn1: return NSN1_INDEX[0];
@@ -117,10 +119,12 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
         for (int i = begin; i < end; i++)
             for (int h = 0; h < Hkv; h++) {
                 f16 x[KV_BLOCK * MAX_HEAD_DIM];
-                gather(x, true, h, i);
-                seal_block(kv.k_format, d, kv.k_block(layer, slot, h, i), x, place(true, h, i));
-                gather(x, false, h, i);
-                seal_block(kv.v_format, d, kv.v_block(layer, slot, h, i), x, place(false, h, i));
+                for (bool key : {true, false}) {
+                    uint8_t *const block = key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i);
+                    memset(block, 0, key ? kv.k_block_bytes : kv.v_block_bytes);
+                    gather(x, key, h, i);
+                    seal_block(key ? kv.k_format : kv.v_format, d, block, x, place(key, h, i));
+                }
             }
     }
 }

@@ -11,7 +11,7 @@ static KvView shape_of(const Config &c, const KvOptions &o, int slots, int conte
         refuse("--sink %d --recent %d: both must be multiples of %d", o.sink, o.recent, KV_BLOCK);
     KvView v{};
     v.k_format = kv_side_format(o.k_format, true), v.v_format = kv_side_format(o.v_format, false);
-    v.k_block_bytes = kv_block_bytes(v.k_format, c.head_dim), v.v_block_bytes = kv_block_bytes(v.v_format, c.head_dim);
+    v.k_block_bytes = kv_block_stride(v.k_format, c.head_dim), v.v_block_bytes = kv_block_stride(v.v_format, c.head_dim);
     v.k_beside_bytes = kv_beside_bytes(v.k_format, c.head_dim), v.v_beside_bytes = kv_beside_bytes(v.v_format, c.head_dim);
     v.k_share = kv_share(v.k_format, c.n_layers), v.v_share = kv_share(v.v_format, c.n_layers);
     v.L = c.n_layers, v.B = slots, v.Hkv = c.n_kv_heads, v.d = c.head_dim;

@@ -26,7 +26,7 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
         kv_cache_open(cache, *gpu, c, o, 1, T + 1);
         kv_cache_open(copy, cpu_ops, c, o, 1, T + 1);
         const KvView &v = cache.view;
-        const int64_t codes = (int64_t)heads * 4 * kv_block_bytes(format, d), exact = (int64_t)heads * KV_BLOCK * d;
+        const int64_t codes = (int64_t)heads * 4 * kv_block_stride(format, d), exact = (int64_t)heads * KV_BLOCK * d;
         CHECK(cache.bytes == copy.bytes);    // test_nsn.cpp says which
         Activations a;
         activations_open(a, *gpu, c, T, 1);

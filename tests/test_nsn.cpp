@@ -197,7 +197,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         KvCache cache;
         kv_cache_open(cache, cpu_ops, c, o, 1, T + 1);
         const KvView &v = cache.view;
-        const int64_t blocks = 5 - 1, block = kv_block_bytes(format, c.head_dim);    // 301 tokens touch five blocks, one stays open
+        const int64_t blocks = 5 - 1, block = kv_block_stride(format, c.head_dim);    // 301 tokens touch five blocks, one stays open
         CHECK(cache.bytes == 2 * c.n_layers * c.n_kv_heads * (blocks * block + KV_BLOCK * c.head_dim * 2)    // codes, and one open block of fp16
                                  + 5 * 4 + 5 * c.head_dim * 4 + 2 * KV_BLOCK * c.head_dim * 4 + 2 * KV_CODEBOOK_BYTES);    // block table, RoPE, codebooks
         Activations a;
