@@ -26,9 +26,10 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     constexpr int PAIRS = D / 64;
     __shared__ WarpResult<D, Q> results[F16_WARPS];
     __shared__ float scaled[Q][D];
+    __shared__ f16 own_rows_here[2 * D];
     const KvView &kv = a.kv;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.room;
-    wait_for_inputs();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.reach;
+    bool waited = false;    // positions and block tables are there before the step's first kernel
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = parts_of(units, F16_WARPS, a.room);
@@ -36,7 +37,8 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
-        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp);
+        if (!waited) wait_for_inputs(), waited = true;
+        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
         ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int i) -> const f16 * {
             if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i));
@@ -68,7 +70,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     }
 }
 template <int D, int Q> static void decode_f16(const DecodeArgs &a) {
-    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room, 2 * sm_count)), 32 * F16_WARPS, 0, a);
+    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.reach, 2 * sm_count)), 32 * F16_WARPS, 0, a);
 }
 
 // ---- launch -------------------------------------------------------------------------------------------------
@@ -116,9 +118,10 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
     Shares shares = f16_only ? Shares{f16_parts(b.N, heads), 0} : codes_shares(kv, b.N, G);
     if ((int64_t)b.N * Hq > MOST_COUNTED) shares.parts = 1;
     const int room = std::min({shares.parts, most_parts(b.N, heads), std::max(1, kv.max_blocks)});
+    const int reach = f16_only ? parts_of(step.reach() * GROUPS, F16_WARPS, room) : parts_of(step.reach(), b.N <= FEW_ROWS ? BLOCKS_EACH : 1, room);
     const Work w = work_of(b.N, Hq, kv.d, room);
     uint8_t *const work = (uint8_t *)step.work;
-    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, shares.team, step.most_seals(kv) > 0};
+    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, step.most_seals(kv) > 0};
     if (!f16_only) return decode_codes(a);
     if (Q == 1) return kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
     kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);

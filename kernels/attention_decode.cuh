@@ -9,6 +9,7 @@ namespace cuda {
 
 constexpr int MAX_PARTS = 128;     // of a row and kv head
 constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
+constexpr int BLOCKS_EACH = 8;     // sealed blocks, at least, of a part of few rows
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
 constexpr int CODE_WARPS = 12;     // of a thread block of decode_codes.cu, if they fit
 constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
@@ -24,7 +25,7 @@ struct DecodeArgs {
     float2 *part_ml;           // (N, Hq, room)       m in base 2, l
     unsigned *arrived;         // (N, Hq)             parts that are done; the last one makes it 0
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
-    int room;                  // parts that a row and head can have
+    int room, reach;           // parts that a row and head can have; that those of this step can have
     int team;                  // warps that share a part of codes
     bool seals;                // this step seals blocks
     HD bool fresh() const { return k16 == nullptr; }
@@ -70,16 +71,20 @@ template <int D> __device__ inline void load_query(float (&x)[D / 32], const Dec
         x[p] = (lo * c - hi * s) * scale, x[PAIRS + p] = (lo * s + hi * c) * scale;
     }
 }
-// The row's own key and value as everybody else reads them; in attend they go to the ring first.  By the warp that reads them.
+// The row's own key and value rounded; in attend who reads them (`mine`) puts them into the ring too, and into `here`.  By a warp.
 struct OwnRow { const f16 *k, *v; };
-template <int D> __device__ inline OwnRow own_row(const DecodeArgs &a, int n, int slot, int h, int pos, bool put) {
+template <int D> __device__ inline OwnRow own_row(const DecodeArgs &a, int n, int slot, int h, int pos, bool mine, f16 *here) {
     const int64_t row = ((int64_t)n * a.kv.Hkv + h) * D;
     if (!a.fresh()) return {a.k16 + row, a.v16 + row};
-    const int64_t ring = a.kv.exact_at(a.layer, slot, h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * D;
-    if (put)
-        for (int c = threadIdx.x % 32; c < D; c += 32) a.kv.k_exact[ring + c] = to_f16(a.k[row + c]), a.kv.v_exact[ring + c] = to_f16(a.v[row + c]);
+    if (mine) {
+        const int64_t ring = a.kv.exact_at(a.layer, slot, h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * D;
+        for (int c = threadIdx.x % 32; c < D; c += 32) {
+            const f16 key = to_f16(a.k[row + c]), value = to_f16(a.v[row + c]);
+            a.kv.k_exact[ring + c] = here[c] = key, a.kv.v_exact[ring + c] = here[D + c] = value;
+        }
+    }
     __syncwarp();
-    return {a.kv.k_exact + ring, a.kv.v_exact + ring};
+    return {here, here + D};
 }
 
 // Lane L gets the sum of s[L % N] over the N lanes around it.
@@ -196,10 +201,9 @@ template <int D, int Q> struct ExactTokens {
 };
 
 // ---- merging ------------------------------------------------------------------------------------------------
-// What is left of n queries from `first` on when a part of them is done; lanes have channels D/32 lane ...  Whoever arrives last
-// merges, in the order of the parts.  By one warp.
-template <int D, int Q>
-__device__ void finish_part(const DecodeArgs &a, int64_t first, int n, int part, int parts, const float (&m)[Q], const float (&l)[Q], const float (&o)[Q][D / 32]) {
+// What is left of a query when a part of it is done; lanes have channels D/32 lane ...  Whoever arrives last merges, in the order of
+// the parts.  By one warp.
+template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query, int part, int parts, float m, float l, const float (&o)[D / 32]) {
     constexpr int C = D / 32, AT_ONCE = 8;    // parts whose loads are in flight together
     const int lane = threadIdx.x % 32;
     auto store = [&](float *to, const float (&x)[C], float scale) {
@@ -207,51 +211,41 @@ __device__ void finish_part(const DecodeArgs &a, int64_t first, int n, int part,
         for (int c = 0; c < C; c++) f.x[c] = x[c] * scale;
         *(Floats<C> *)(to + C * lane) = f;
     };
-    if (parts == 1) {
-#pragma unroll
-        for (int q = 0; q < Q; q++)
-            if (q < n) store(a.y + (first + q) * D, o[q], 1.0f / l[q]);
-        return;
-    }
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-        if (q >= n) break;
-        const int64_t at = (first + q) * a.room + part;
-        store(a.part_o + at * D, o[q], 1.0f);
-        if (lane == 0) a.part_ml[at] = make_float2(m[q], l[q]);
-    }
+    if (parts == 1) return store(a.y + query * D, o, 1.0f / l);
+    float2 *const ml = a.part_ml + query * a.room;
+    float *const part_o = a.part_o + query * a.room * D;
+    store(part_o + part * D, o, 1.0f);
+    if (lane == 0) ml[part] = make_float2(m, l);
     __threadfence();
     __syncwarp();
-    int before = 0;
-    if (lane == 0) before = atomicInc(a.arrived + first, parts - 1);
+    unsigned before = 0;
+    if (lane == 0) before = atomicInc(a.arrived + query, parts - 1);
     if (__shfl_sync(~0u, before, 0) + 1 < parts) return;
     __threadfence();
-    for (int q = 0; q < n; q++) {
-        const float2 *ml = a.part_ml + (first + q) * a.room;
-        const float *part_o = a.part_o + (first + q) * a.room * D + C * lane;
-        float top = -INFINITY, sum = 0, y[C] = {};
-        for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
-        top = warp_max(top);
-        for (int i0 = 0; i0 < parts; i0 += 32) {
-            float weight = 0;
-            if (i0 + lane < parts) {
-                const float2 x = __ldcg(ml + i0 + lane);
-                weight = merge_weight(x.x, top);
-                sum = fmaf(x.y, weight, sum);
-            }
-            for (int j0 = 0; j0 < min(32, parts - i0); j0 += AT_ONCE) {
-                Floats<C> x[AT_ONCE];
+    float top = -INFINITY, sum = 0, y[C] = {};
+    for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
+    top = warp_max(top);
+#pragma unroll 1
+    for (int i0 = 0; i0 < parts; i0 += 32) {
+        float weight = 0;
+        if (i0 + lane < parts) {
+            const float2 x = __ldcg(ml + i0 + lane);
+            weight = merge_weight(x.x, top);
+            sum = fmaf(x.y, weight, sum);
+        }
+#pragma unroll 1
+        for (int j0 = 0; j0 < min(32, parts - i0); j0 += AT_ONCE) {
+            Floats<C> x[AT_ONCE];
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; j++) x[j] = load_l2<C>(part_o + (int64_t)min(i0 + j0 + j, parts - 1) * D);
+            for (int j = 0; j < AT_ONCE; j++) x[j] = load_l2<C>(part_o + C * lane + (int64_t)min(i0 + j0 + j, parts - 1) * D);
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; j++) {
-                    const float w = __shfl_sync(~0u, weight, j0 + j);
-                    for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
-                }
+            for (int j = 0; j < AT_ONCE; j++) {
+                const float w = __shfl_sync(~0u, weight, j0 + j);
+                for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
             }
         }
-        store(a.y + (first + q) * D, y, 1.0f / warp_sum(sum));
     }
+    store(a.y + query * D, y, 1.0f / warp_sum(sum));
 }
 
 // Results of a thread block's warps: D sums of Q queries, then their (m, l), in shared memory.
@@ -270,16 +264,17 @@ template <int D, int Q> struct WarpResult {
 template <int D, int Q, class Result>
 __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int rank, int warps, Result result) {
     const int lane = threadIdx.x % 32;
+#pragma unroll 1
     for (int q = rank; q < n; q += warps) {
-        float m[1] = {-INFINITY}, l[1] = {}, o[1][D / 32] = {};
-        for (int w = 0; w < warps; w++) m[0] = fmaxf(m[0], result(w).ml[q].x);
+        float m = -INFINITY, l = 0, o[D / 32] = {};
+        for (int w = 0; w < warps; w++) m = fmaxf(m, result(w).ml[q].x);
         for (int w = 0; w < warps; w++) {
             const WarpResult<D, Q> &r = result(w);
-            const float weight = merge_weight(r.ml[q].x, m[0]);
-            l[0] = fmaf(r.ml[q].y, weight, l[0]);
-            for (int c = 0; c < D / 32; c++) o[0][c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[0][c]);
+            const float weight = merge_weight(r.ml[q].x, m);
+            l = fmaf(r.ml[q].y, weight, l);
+            for (int c = 0; c < D / 32; c++) o[c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[c]);
         }
-        finish_part<D, 1>(a, first + q, 1, part, parts, m, l, o);
+        finish_part<D>(a, first + q, part, parts, m, l, o);
     }
 }
 

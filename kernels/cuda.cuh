@@ -33,6 +33,13 @@ struct Step {
     const int *on_last_pos;    // (N) position of the last row of the row's slot
     void *work;                // what one op needs while it runs: see work_bytes in cuda_ops.cu
     bool single_rows() const { return slots.size() == pos.size(); }    // every slot has one row: a decode step
+    // At least as many blocks as a row sees; a power of two, because steps with different ones are recorded apart (cuda_ops.cu).
+    int reach() const {
+        int last = 0, blocks = 1;
+        for (int p : pos) last = std::max(last, p);
+        while (blocks < last / KV_BLOCK + 1) blocks *= 2;
+        return blocks;
+    }
     // Blocks to seal, of the slot with most.
     int most_seals(const KvView &kv) const {
         int n = 0;

@@ -138,7 +138,7 @@ struct StepKind {
     const void *weights;
     KvView kv;
     const int *rows;       // where the row arrays are
-    int N, n_out;
+    int N, n_out, reach;
     bool seals;
 };
 struct RecordedStep {
@@ -168,7 +168,7 @@ static bool replay(const void *weights, const KvView &kv) {
     memset((void *)&kind, 0, sizeof kind);    // with what is between the members: kinds are compared as bytes
     memcpy((void *)&kind.kv, &kv, sizeof kv);
     kind.weights = weights, kind.rows = step.on_device.token, kind.N = step.on_device.N, kind.n_out = step.on_device.n_out;
-    kind.seals = step.most_seals(kv) > 0;
+    kind.reach = step.reach(), kind.seals = step.most_seals(kv) > 0;
     for (RecordedStep &r : recorded)
         if (memcmp(&r.kind, &kind, sizeof kind) == 0) {
             if (r.graph) CUDA_CHECK(cudaGraphLaunch(r.graph, stream));

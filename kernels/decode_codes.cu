@@ -36,7 +36,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t mine = S::warp_at(warp);
-    const uint32_t z_at = mine + 2 * S::SLOT;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t z_at = mine + S::SLOTS;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
     const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
@@ -45,7 +45,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
-    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (WARPS / a.team);
+    const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
     int task = blockIdx.x + gridDim.x * (warp / a.team);
     Tables<K, V, S> tables;
     tables.load(kv);
@@ -67,7 +67,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
-        ring.load_second();
+        ring.load_others();
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
         Floats<PAIRS> base[2][2];                                  // of the next two blocks
@@ -76,58 +76,51 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
+            const uint32_t kb = ring.keys_at(), vb = ring.values_at(j);
             ring.wait_block();
             if (j % 2 == 0) {    // means of this block and the next
-                uint32_t z[2][D / 8];
+                Floats<PAIRS> lo[2], hi[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN_STEP;
-                    const Floats<PAIRS> lo = mean_at<D, PAIRS>(mean, PAIRS * lane), hi = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
-                    Floats<PAIRS> ml, mh;
+                    const Floats<PAIRS> x = mean_at<D, PAIRS>(mean, PAIRS * lane), y = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     for (int p = 0; p < PAIRS; p++) {
                         const float c = base[i][0].x[p], sn = base[i][1].x[p];
-                        ml.x[p] = lo.x[p] * c - hi.x[p] * sn, mh.x[p] = lo.x[p] * sn + hi.x[p] * c;
+                        lo[i].x[p] = x.x[p] * c - y.x[p] * sn, hi[i].x[p] = x.x[p] * sn + y.x[p] * c;
                     }
-#pragma unroll
-                    for (int q = 0; q < QUERIES; q++) {
-                        Words<PAIRS> high, low;
-#pragma unroll
-                        for (int p = 0; p < PAIRS; p++) {
-                            const float x = scaled[q][p] * ml.x[p] + scaled[q][PAIRS + p] * mh.x[p], y = scaled[q][PAIRS + p] * ml.x[p] - scaled[q][p] * mh.x[p];
-                            high.x[p] = pack(x, y);
-                            const float2 kept = unpack(high.x[p]);
-                            low.x[p] = pack(x - kept.x, y - kept.y);
-                        }
-                        store_shared(z_store + 2 * q * (D / 2) * 4, high), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, low);
-                    }
-                    __syncwarp();
-#pragma unroll
-                    for (int k = 0; k < D / 32; k++) {
-                        const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
-                        memcpy(z[i] + 4 * k, &v, 16);
-                    }
-                    __syncwarp();
                 }
                 if (j + 2 < p.count) ring.load_base(base, j + 2);
 #pragma unroll
-                for (int tile = 0; tile < 4; tile += 2) {    // two at a time: four sums that do not wait for each other
-                    float c[2][2][4] = {};
+                for (int q = 0; q < QUERIES; q++) {
+                    Words<PAIRS> w[2];
 #pragma unroll
-                    for (int k = 0; k < D / 16; k++)
+                    for (int i = 0; i < 2; i++)
+                        for (int p = 0; p < PAIRS; p++)
+                            w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p], scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
+                    store_shared(z_store + 2 * q * (D / 2) * 4, w[0]), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, w[1]);
+                }
+                __syncwarp();
+                uint32_t z[D / 8];
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            unsigned e[4];
-                            const uint4 v = load_shared<uint4>(E + ((tile + i) * (D / 16) + k) * S::FRAGMENT);
-                            memcpy(e, &v, 16);
-                            mma(c[i][0], e, z[0][2 * k], z[0][2 * k + 1]);
-                            mma(c[i][1], e, z[1][2 * k], z[1][2 * k + 1]);
-                        }
+                for (int k = 0; k < D / 32; k++) {
+                    const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
+                    memcpy(z + 4 * k, &v, 16);
+                }
+                __syncwarp();
+                float c[4][4] = {};    // of this block, of the next; 8 tokens further
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        mean_score[2 * (tile + i)] = c[i][0][0] + c[i][0][1], mean_score[2 * (tile + i) + 1] = c[i][0][2] + c[i][0][3];
-                        mean_score2[2 * (tile + i)] = c[i][1][0] + c[i][1][1], mean_score2[2 * (tile + i) + 1] = c[i][1][2] + c[i][1][3];
+                for (int k = 0; k < D / 16; k++)
+#pragma unroll
+                    for (int tile = 0; tile < 4; tile++) {
+                        unsigned e[4];
+                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+                        memcpy(e, &v, 16);
+                        mma(c[tile], e, z[2 * k], z[2 * k + 1]);
                     }
+#pragma unroll
+                for (int tile = 0; tile < 4; tile++) {
+                    mean_score[2 * tile] = c[tile][0], mean_score[2 * tile + 1] = c[tile][2];
+                    mean_score2[2 * tile] = c[tile][1], mean_score2[2 * tile + 1] = c[tile][3];
                 }
             } else
                 for (int i = 0; i < 8; i++) mean_score[i] = mean_score2[i];

@@ -5,7 +5,6 @@
 
 namespace cuda {
 
-constexpr int BLOCKS_EACH = 8;    // at least, of a part of few rows
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
 constexpr int ONE_WARPS = 12;     // of a thread block of decode_codes_mha.cu, if they fit
@@ -22,19 +21,24 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
     static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
     static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
-    static constexpr int WARP = (2 * SLOT + Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN) + 15) / 16 * 16;
-    static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BELOW = ((int)TABLE - BELOW_AT) / WARP;
-    static constexpr int WARPS = BELOW + (int)(END - ABOVE) / WARP < MOST_WARPS ? BELOW + (int)(END - ABOVE) / WARP : MOST_WARPS;
-    static constexpr int BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BESIDE_SLOTS = Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN);
+    static constexpr int warp_bytes(int keys) { return (2 * SLOT + (keys - 2) * SLOT_K + BESIDE_SLOTS + 15) / 16 * 16; }
+    static constexpr int warps(int keys) {
+        const int fit = ((int)TABLE - BELOW_AT) / warp_bytes(keys) + (int)(END - ABOVE) / warp_bytes(keys);
+        return fit < MOST_WARPS ? fit : MOST_WARPS;
+    }
+    // Blocks a warp has: 2, and the keys of a third where no warp goes for them.
+    static constexpr int KEYS = Q == 1 && warps(3) == warps(2) ? 3 : 2, SLOTS = 2 * SLOT + (KEYS - 2) * SLOT_K, WARP = warp_bytes(KEYS), WARPS = warps(KEYS);
+    static constexpr int BELOW = ((int)TABLE - BELOW_AT) / WARP, BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
     // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
-    static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;
-    static_assert((Q + LEAST_TEAM - 1) / LEAST_TEAM * QUERY <= SLOT, "queries do not fit");
+    static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
+    static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
-    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + 2 * SLOT + Z; }
+    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + SLOTS + Z; }
     __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : warp_at(w) + WARP - MEANS * MEAN; }
 };
 
@@ -255,51 +259,59 @@ struct Part {
     }
 };
 
-// The part's queries, by whoever of the team gets them (of one query everybody has it): its pairs of all of them, and the fragments of
-// their integers, column g of a B operand: channels D/4 t + 4 i ..  Returns (unit, half the sum of the integers) of query t.
+// The part's queries, each by a warp of the team (one query by every warp for itself): a lane's pairs of all of them, and column g of a
+// B operand of their integers, channels D/4 t + 4 i ..  Behind a head's last query comes that one again.  Returns (unit, half the sum of
+// the integers) of query t.
 template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
-    constexpr int D = S::D, C = D / 32, PAIRS = D / 64;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, n_queries = min(Q, a.G - p.q0), ranks = Q == 1 ? 1 : p.team, rank = Q == 1 ? 0 : p.rank;
-    auto at = [&](int q) { return S::warp_at(Q == 1 ? p.warp : p.warp - rank + q % ranks) + S::SLOT + q / ranks * S::QUERY; };
-    for (int q = rank; q < n_queries; q += ranks) {
-        float x[C];
-        load_query<D>(x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + q, p.pos);
-        for (int i = 0; i < C; i++) store_shared(at(q) + (i * 32 + lane) * 4, __float_as_uint(x[i]));
-        hadamard_lanes(x);    // of channels in the order of (lower or upper half, lane, pair)
+    constexpr int D = S::D, C = D / 32, PAIRS = D / 64, CODES = D * 4, UNIT = D * 6;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, last = min(Q, a.G - p.q0) - 1, last_rank = Q == 1 ? 0 : p.team - 1, rank = Q == 1 ? 0 : p.rank;
+    auto at = [&](int q) { return S::warp_at(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
+    auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
+#pragma unroll 1
+    for (int q = rank; q <= last; q = rank < last_rank ? Q : q + 1) {
+        const uint32_t to = at(q);
+        Floats<C> x;
+        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + q, p.pos);
+        Words<C> w;
+        memcpy(&w, &x, sizeof w);
+        store_shared(to + 4 * C * lane, w);
+        hadamard_lanes(x.x);    // of channels in the order of (lower or upper half, lane, pair)
         float top = 1e-30f;
-        for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x[i]));
-        const float unit = warp_max(top) / 32512.0f;    // 127 * 256: hi fits a byte
-        int sum = 0;
+        for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x.x[i]));
+        top = warp_max(top);
+        const float inverse = 32512.0f / top;    // 127 * 256: hi fits a byte
+        int sum = 0, v[C];
+        for (int i = 0; i < C; i++) sum += v[i] = __float2int_rn(x.x[i] * inverse);
         for (int half = 0; half < 2; half++) {
             int8_t hi[PAIRS], lo[PAIRS];
-            for (int i = 0; i < PAIRS; i++) {
-                const int v = __float2int_rn(x[half * PAIRS + i] / unit);
-                sum += v, lo[i] = (int8_t)(v & 255), hi[i] = (int8_t)((v - lo[i]) >> 8);
-            }
-            uint8_t *const bytes = at_address(at(q) + D * 4 + half * D / 2 + PAIRS * lane);
+            for (int i = 0; i < PAIRS; i++) lo[i] = (int8_t)(v[half * PAIRS + i] & 255), hi[i] = (int8_t)((v[half * PAIRS + i] - lo[i]) >> 8);
+            uint8_t *const bytes = at_address(to + CODES + half * D / 2 + PAIRS * lane);
             memcpy(bytes, hi, PAIRS), memcpy(bytes + D, lo, PAIRS);
         }
         sum = warp_sum(sum);
-        if (lane == 0) store_shared(at(q) + D * 6, Words<2>{{__float_as_uint(unit), __float_as_uint(0.5f * sum)}});
+        if (lane == 0) store_shared(to + UNIT, Words<2>{{__float_as_uint(top * (1 / 32512.0f)), __float_as_uint(0.5f * sum)}});
     }
-    if (Q == 1) __syncwarp();
-    else p.sync();
+    sync();
 #pragma unroll
-    for (int q = 0; q < Q; q++)
-        for (int i = 0; i < C; i++) scaled[q][i] = q < n_queries ? load_shared<float>(at(q) + (i * 32 + lane) * 4) : 0.0f;
-    const int mine = Q == 1 ? 0 : g / 2;
-    for (int i = 0; i < D / 16; i++) bq[i] = mine < n_queries ? load_shared<uint32_t>(at(mine) + D * 4 + g % 2 * D + D / 4 * t + 4 * i) : 0;
-    const int q = Q == 1 ? 0 : t;
-    const float2 unit = q < n_queries ? load_shared<float2>(at(q) + D * 6) : make_float2(0, 0);
-    if (Q == 1) __syncwarp();
-    else p.sync();
+    for (int q = 0; q < Q; q++) {
+        const Floats<C> x = load_shared<Floats<C>>(at(min(q, last)) + 4 * C * lane);
+        for (int i = 0; i < C; i++) scaled[q][i] = x.x[i];
+    }
+    const uint32_t codes = at(Q == 1 ? 0 : min(g / 2, last)) + CODES + g % 2 * D + D / 4 * t;
+#pragma unroll
+    for (int i = 0; i < D / 64; i++) {
+        const uint4 v = load_shared<uint4>(codes + 16 * i);
+        memcpy(bq + 4 * i, &v, 16);
+    }
+    const float2 unit = load_shared<float2>(at(Q == 1 ? 0 : min(t, last)) + UNIT);
+    sync();
     return unit;
 }
 
-// Block j of the warp: its keys and its values come to slot j % 2 as soon as those of block j - 2 are done with, the mean of its keys
-// before, when j / AHEAD * AHEAD starts.
+// Block j of the warp: its keys and its values come as soon as those whose place they take are done with, the mean of its keys before,
+// when j / AHEAD * AHEAD starts.
 template <class K, class V, class S> struct BlockRing {
-    static constexpr int AHEAD = S::MEANS / 2;
+    static constexpr int AHEAD = S::MEANS / 2, NUMBERS = AHEAD + S::KEYS - 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     static_assert(S::MEAN <= 128, "a word a lane");
@@ -308,7 +320,8 @@ template <class K, class V, class S> struct BlockRing {
     const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
     const float *base_from;
     uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
-    int next[AHEAD] = {};                                      // numbers in the pool of the next blocks to load
+    uint32_t keys = 0;                                         // of slots, where those of the block at work are
+    int next[NUMBERS] = {};                                    // numbers in the pool, from the next values to load on
 
     __device__ BlockRing(const DecodeArgs &a, const Part &p)
         : count(p.count), every(p.team), table(opaque(a.kv.table + (int64_t)p.slot * a.kv.max_blocks + p.begin)),
@@ -317,33 +330,37 @@ template <class K, class V, class S> struct BlockRing {
           base_from(opaque(a.kv.rope.base + (int64_t)p.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * S::SLOT_K), v_bytes(a.kv.Hkv * S::SLOT_V),
           slots(opaque(S::warp_at(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
         if (count == 0) return;
-        int number[AHEAD];
-        for (int i = 0; i < AHEAD; i++) number[i] = entry(i);
-        for (int i = 0; i < AHEAD; i++) next[i] = entry(i + 1);
-        for (int i = 0; i < AHEAD; i++) load_mean(i, number[i]);
-        load_keys(0, number[0]);
-        load_values(0, number[0]);
+        const int number = entry(0);
+        for (int i = 0; i < NUMBERS; i++) next[i] = entry(i + 1);
+        for (int i = 0; i < AHEAD; i++) load_mean(i, i == 0 ? number : next[i - 1]);
+        load_keys(0, 0, number);
+        load_values(0, number);
     }
-    // Block 1; its slot is used by prepare_queries before.
-    __device__ void load_second() {
+    // The others of the first blocks, when prepare_queries is done with their place.
+    __device__ void load_others() {
         if (count == 0) return;
-        release_keys(-1), release_values(-1);
+        for (int i = 1; i < S::KEYS; i++) {
+            load_mean(i + AHEAD - 1, next[i + AHEAD - 2]);
+            load_keys(i, i * S::SLOT, next[i - 1]);
+            if (i == 1) load_values(1, next[0]);
+        }
+        go_on(-1);
     }
-    __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + j % 2 * S::SLOT; }
-    __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
+    __device__ uint32_t keys_at() const { return slots - 16 * lane() + keys; }
+    __device__ uint32_t values_at(int j) const { return slots - 16 * lane() + S::SLOT_K + j % 2 * S::SLOT; }
     // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
-    __device__ void wait_keys() const { wait<3>(); }       // before the next are asked for
-    __device__ void wait_values() const { wait<3>(); }     // after release_keys
-    __device__ void wait_block() const { wait<2>(); }      // before it
+    __device__ void wait_keys() const { wait<2 * S::KEYS - 1 - (S::KEYS - 2)>(); }      // before the next are asked for
+    __device__ void wait_values() const { wait<2 * S::KEYS - 1 - (S::KEYS - 2)>(); }    // after release_keys
+    __device__ void wait_block() const { wait<2>(); }                                   // before it, with two keys
     // All lanes are done with the keys, with the values, of block j.
     __device__ void release_keys(int j) {
-        load_mean(j + 1 + AHEAD, next[AHEAD - 1]);
-        load_keys(j + 2, next[0]);
+        load_mean(j + NUMBERS + 1, next[NUMBERS - 1]);
+        load_keys(j + S::KEYS, keys, next[S::KEYS - 2]);
+        keys = keys == (S::KEYS - 1) * S::SLOT ? 0 : keys + S::SLOT;
     }
     __device__ void release_values(int j) {
         load_values(j + 2, next[0]);
-        for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
-        next[AHEAD - 1] = entry(j + 2 + AHEAD);
+        go_on(j);
     }
     // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
     template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
@@ -359,6 +376,10 @@ template <class K, class V, class S> struct BlockRing {
     __device__ static int lane() { return threadIdx.x % 32; }
     __device__ static int64_t first(const DecodeArgs &a, const Part &p) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + p.h; }    // as kv.sealed_at
     __device__ int entry(int j) const { return table[min(j, count - 1) * every]; }
+    __device__ void go_on(int j) {
+        for (int i = 0; i < NUMBERS - 1; i++) next[i] = next[i + 1];
+        next[NUMBERS - 1] = entry(j + 2 + NUMBERS);
+    }
     __device__ void load_mean(int j, int number) const {
         copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
     }
@@ -368,7 +389,7 @@ template <class K, class V, class S> struct BlockRing {
         for (int at = 0; at < BYTES; at += 512) copy_async<16>(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __device__ void load_keys(int j, int number) const { copy<S::SLOT_K>(slots + j % 2 * S::SLOT, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
+    __device__ void load_keys(int j, uint32_t to, int number) const { copy<S::SLOT_K>(slots + to, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
     __device__ void load_values(int j, int number) const { copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count); }
     template <int IN_FLIGHT> __device__ static void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
@@ -388,7 +409,7 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
     for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {              // last warps have fewer blocks
         const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
         const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
-        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1);
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp) + S::SLOTS));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);
@@ -403,11 +424,7 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
         m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
         for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
     }
-    if (p.team == 1) {
-        finish_part<D, Q>(a, first, n_queries, p.part, p.parts, m_of, l_of, tokens.o);
-        __syncwarp();    // what coded reads is used again
-        return;
-    }
+    __syncwarp();    // all have read what coded reads
     auto result = [&](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(p.warp - p.rank + w)); };
     result(p.rank).put(m_of, l_of, tokens.o);
     p.sync();
@@ -433,7 +450,7 @@ template <class Function> void with_nsn(const KvView &kv, Function f) { kv.d == 
 template <class S> void launch_codes(void (*kernel)(DecodeArgs), const DecodeArgs &a) {
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);    // S: of one kernel
     CUDA_CHECK(allowed);
-    const int64_t tasks = (int64_t)a.b.N * a.kv.Hkv * a.chunks * a.room;
+    const int64_t tasks = (int64_t)a.b.N * a.kv.Hkv * a.chunks * a.reach;
     launch(kernel, dim3((unsigned)std::min<int64_t>(tasks, sm_count)), 32 * S::WARPS, S::BYTES, a);
 }
 void decode_codes_one(const DecodeArgs &a);    // decode_codes_mha.cu: G = 1

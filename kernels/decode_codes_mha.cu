@@ -44,7 +44,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
-    const uint32_t mine = S::warp_at(warp), z_at = mine + 2 * S::SLOT;    // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t mine = S::warp_at(warp), z_at = mine + S::SLOTS;    // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
     // Of block b: (tile, token % 8, token / 8 % 2), 8 words left out between tiles 1 and 2 and after 3: 16 lanes lie in different banks.
@@ -55,7 +55,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
 
-    const int tasks = a.b.N * kv.Hkv * a.chunks * a.room, teams = gridDim.x * (WARPS / a.team);
+    const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
     int task = blockIdx.x + gridDim.x * (warp / a.team);
     Tables<K, V, S> tables;
     tables.load(kv);
@@ -77,14 +77,14 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
-        ring.load_second();
+        ring.load_others();
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
+            const uint32_t kb = ring.keys_at(), vb = ring.values_at(j);
             ring.wait_keys();
             if (j % 4 == 0) {    // means of this block and the next three
                 Floats<PAIRS> lo[4], hi[4];
