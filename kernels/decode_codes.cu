@@ -26,7 +26,7 @@
 namespace cuda {
 
 // ---- the kernel ---------------------------------------------------------------------------------------------
-template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(DecodeArgs a) {
+template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(const __grid_constant__ DecodeArgs a) {
     using S = Layout<K, V, QUERIES>;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
@@ -35,13 +35,13 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     using VB = typename V::Block;
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t mine = S::warp_at(warp);
-    const uint32_t z_at = mine + S::SLOTS;                                // (8, D/2) column, pair: (cosine part, sine part) in f16
-    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
-    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
+    const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
+    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2 delta, s1
-    const uint32_t weight_hi = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_lo = opaque(weight_hi + 64 - t % 2 * 128), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+    const uint32_t weight_store = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+    const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the second of two blocks
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
@@ -53,7 +53,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part p(a, task, QUERIES);
     if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
     BlockRing<K, V, S> ring(a, p);
-    tables.store();
+    if (a.team < WARPS || p.coded > 0) tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     auto go_on = [&] {
@@ -67,18 +67,18 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
-        ring.load_others();
+        ring.load_others(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
         Floats<PAIRS> base[2][2];                                  // of the next two blocks
-        if (p.count > 0) ring.load_base(base, 0);
-        float mean_score[8], mean_score2[8];                       // of query t, tokens 8 j + g, without s1; the second of a pair of blocks
+        if (p.count > 0) ring.load_base(a, base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.keys_at(), vb = ring.values_at(j);
+            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
             ring.wait_block();
-            if (j % 2 == 0) {    // means of this block and the next
+            float mean_score[8];    // of query t, tokens 8 j + g, without s1
+            if (j % 2 == 0) {       // and those of the next block
                 Floats<PAIRS> lo[2], hi[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -89,7 +89,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                         lo[i].x[p] = x.x[p] * c - y.x[p] * sn, hi[i].x[p] = x.x[p] * sn + y.x[p] * c;
                     }
                 }
-                if (j + 2 < p.count) ring.load_base(base, j + 2);
+                const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
 #pragma unroll
                 for (int q = 0; q < QUERIES; q++) {
                     Words<PAIRS> w[2];
@@ -118,12 +118,13 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                         mma(c[tile], e, z[2 * k], z[2 * k + 1]);
                     }
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++) {
-                    mean_score[2 * tile] = c[tile][0], mean_score[2 * tile + 1] = c[tile][2];
-                    mean_score2[2 * tile] = c[tile][1], mean_score2[2 * tile + 1] = c[tile][3];
-                }
+                for (int tile = 0; tile < 4; tile++) mean_score[2 * tile] = c[tile][0], mean_score[2 * tile + 1] = c[tile][2];
+                for (int i = 0; i < 2; i++) store_shared(kept + 512 * i, words(c[2 * i][1], c[2 * i][3], c[2 * i + 1][1], c[2 * i + 1][3]));
             } else
-                for (int i = 0; i < 8; i++) mean_score[i] = mean_score2[i];
+                for (int i = 0; i < 2; i++) {
+                    const float4 v = load_shared<float4>(kept + 512 * i);
+                    mean_score[4 * i] = v.x, mean_score[4 * i + 1] = v.y, mean_score[4 * i + 2] = v.z, mean_score[4 * i + 3] = v.w;
+                }
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
@@ -142,11 +143,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 score[2 * tile + 1] = fmaf(fmaf((float)(e[2] * 256 + e[3]), unit, half_sum), f1.x, mean_score[2 * tile + 1] * f1.y);
             }
             __syncwarp();
-            ring.release_keys(j);
-            // softmax in base 2
+            ring.release_keys(a, j);
+            // softmax in base 2; m follows when it is 2^8 too small
             float top = score[0];
             for (int i = 1; i < 8; i++) top = fmaxf(top, score[i]);
-            if (__any_sync(~0u, top > m)) {
+            if (__any_sync(~0u, top > m + 8)) {
                 for (int o = 4; o < 32; o *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
                 const float up = fmaxf(m, top), old = exp2_fast(m - up);
                 m = up, l *= old, w_sum *= old;
@@ -184,7 +185,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 const uint32_t x = __byte_perm(w[4 * i], w[4 * i + 1], 0x5140), y = __byte_perm(w[4 * i + 2], w[4 * i + 3], 0x5140);
                 hi.x[i] = __byte_perm(x, y, 0x7632), lo.x[i] = __byte_perm(x, y, 0x5410);
             }
-            store_shared(weight_hi, hi), store_shared(weight_lo, lo);
+            store_shared(weight_store, hi), store_shared(other_half(weight_store), lo);
             __syncwarp();
             // values
             const uint4 bw = load_shared<uint4>(weight_load);
@@ -233,10 +234,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             }
             __syncwarp();
             ring.release_values(j);
+            if (j % 2) ring.load_base(a, base, j + 1);
         }
 
         // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.
-        WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(mine);
+        WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(S::slots(warp));
         for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
 #pragma unroll
         for (int c = 0; c < V_CHANNELS; c++) out[c] += 0.5f * w_sum;

@@ -18,11 +18,11 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
     // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
     static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
-    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 && D == 64 ? WEIGHTS + 128 : 8 * D / 2 * 4;
+    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = D == 128 ? 8 * D / 2 * 4 : Q == 1 ? WEIGHTS + 128 : 1536;
     static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
     static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BESIDE_SLOTS = Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN);
-    static constexpr int warp_bytes(int keys) { return (2 * SLOT + (keys - 2) * SLOT_K + BESIDE_SLOTS + 15) / 16 * 16; }
+    static constexpr int warp_bytes(int keys) { return (2 * SLOT + (keys - 2) * SLOT_K + BESIDE_SLOTS + 127) / 128 * 128; }
     static constexpr int warps(int keys) {
         const int fit = ((int)TABLE - BELOW_AT) / warp_bytes(keys) + (int)(END - ABOVE) / warp_bytes(keys);
         return fit < MOST_WARPS ? fit : MOST_WARPS;
@@ -34,18 +34,25 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
+    // A warp's: z, at a multiple of 128, blocks, and what has no place beside the codebook.
+    __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
     __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
-    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : warp_at(w) + SLOTS + Z; }
-    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : warp_at(w) + WARP - MEANS * MEAN; }
+    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : slots(w) + SLOTS; }
+    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : slots(w) + SLOTS + (ALIKE ? 0 : FACTORS); }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
 __device__ inline uint8_t *at_address(uint32_t at) {
     extern __shared__ __align__(1024) uint8_t shared[];    // starts there
     return shared + (at - START);
+}
+// The other one of two 64-byte halves; computed where it is used, for want of registers.
+__device__ inline uint32_t other_half(uint32_t x) {
+    asm volatile("xor.b32 %0, %0, 64;" : "+r"(x));
+    return x;
 }
 // A number the compiler knows nothing about: constants added to it become part of the load instead of instructions.
 __device__ inline uint32_t opaque(uint32_t x) {
@@ -97,10 +104,13 @@ template <int N> __device__ inline void store_shared(uint32_t at, const Words<N>
     if constexpr (N == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
 }
 __device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
-// Predicated: a branch for each of a block's copies costs more than they.
-template <int BYTES> __device__ inline void copy_async(uint32_t to, const uint8_t *from, bool wanted) {
-    if constexpr (BYTES == 16) asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global [%0], [%1], 16;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
-    else asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
+// Predicated: a branch for each of a block's copies costs more than they.  Blocks are read once: they leave L2 first.
+constexpr uint64_t READ_ONCE = 0x12F0000000000000;    // what createpolicy.fractional.L2::evict_first says for all of the bytes
+__device__ inline void copy_async16(uint32_t to, const uint8_t *from, bool wanted) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n}" ::"r"(to), "l"(from), "r"((int)wanted), "l"(READ_ONCE) : "memory");
+}
+__device__ inline void copy_async4(uint32_t to, const uint8_t *from, bool wanted) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
 }
 
 // ---- fields of a block --------------------------------------------------------------------------------------
@@ -265,7 +275,7 @@ struct Part {
 template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
     constexpr int D = S::D, C = D / 32, PAIRS = D / 64, CODES = D * 4, UNIT = D * 6;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, last = min(Q, a.G - p.q0) - 1, last_rank = Q == 1 ? 0 : p.team - 1, rank = Q == 1 ? 0 : p.rank;
-    auto at = [&](int q) { return S::warp_at(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
+    auto at = [&](int q) { return S::slots(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
     auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
 #pragma unroll 1
     for (int q = rank; q <= last; q = rank < last_rank ? Q : q + 1) {
@@ -316,77 +326,78 @@ template <class K, class V, class S> struct BlockRing {
     using VB = typename V::Block;
     static_assert(S::MEAN <= 128, "a word a lane");
     int count, every;                                          // blocks, and from one to the next
-    const int *table;
+    int table, base;                                           // where in the block table and in the table of angles the first one is
     const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
-    const float *base_from;
     uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
-    uint32_t keys = 0;                                         // of slots, where those of the block at work are
-    int next[NUMBERS] = {};                                    // numbers in the pool, from the next values to load on
+    uint32_t third = 0;                                        // with three keys: of slots, where those of the block at work are
+    int next[NUMBERS] = {}, after = 0;                         // numbers in the pool, from the next values to load on; the one behind
 
     __device__ BlockRing(const DecodeArgs &a, const Part &p)
-        : count(p.count), every(p.team), table(opaque(a.kv.table + (int64_t)p.slot * a.kv.max_blocks + p.begin)),
+        : count(p.count), every(p.team), table(p.slot * a.kv.max_blocks + p.begin), base(p.begin * K::d + K::d / 64 * lane()),
           k_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, p) * S::SLOT_V + 16 * lane())),
-          mean_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + offsetof(KB, mean) + 4 * lane())),
-          base_from(opaque(a.kv.rope.base + (int64_t)p.begin * K::d + K::d / 64 * lane())), k_bytes(a.kv.Hkv * S::SLOT_K), v_bytes(a.kv.Hkv * S::SLOT_V),
-          slots(opaque(S::warp_at(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
+          mean_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + offsetof(KB, mean) + 4 * lane())), k_bytes(a.kv.Hkv * S::SLOT_K), v_bytes(a.kv.Hkv * S::SLOT_V),
+          slots(opaque(S::slots(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
         if (count == 0) return;
-        const int number = entry(0);
-        for (int i = 0; i < NUMBERS; i++) next[i] = entry(i + 1);
+        const int number = entry(a, 0);
+        for (int i = 0; i < NUMBERS; i++) next[i] = entry(a, i + 1);
         for (int i = 0; i < AHEAD; i++) load_mean(i, i == 0 ? number : next[i - 1]);
         load_keys(0, 0, number);
         load_values(0, number);
     }
     // The others of the first blocks, when prepare_queries is done with their place.
-    __device__ void load_others() {
+    __device__ void load_others(const DecodeArgs &a) {
         if (count == 0) return;
         for (int i = 1; i < S::KEYS; i++) {
             load_mean(i + AHEAD - 1, next[i + AHEAD - 2]);
             load_keys(i, i * S::SLOT, next[i - 1]);
             if (i == 1) load_values(1, next[0]);
         }
-        go_on(-1);
+        after = entry(a, 1 + NUMBERS);
+        go_on();
     }
-    __device__ uint32_t keys_at() const { return slots - 16 * lane() + keys; }
+    __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + keys(j); }
     __device__ uint32_t values_at(int j) const { return slots - 16 * lane() + S::SLOT_K + j % 2 * S::SLOT; }
     // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
     __device__ void wait_keys() const { wait<2 * S::KEYS - 1 - (S::KEYS - 2)>(); }      // before the next are asked for
     __device__ void wait_values() const { wait<2 * S::KEYS - 1 - (S::KEYS - 2)>(); }    // after release_keys
     __device__ void wait_block() const { wait<2>(); }                                   // before it, with two keys
     // All lanes are done with the keys, with the values, of block j.
-    __device__ void release_keys(int j) {
+    __device__ void release_keys(const DecodeArgs &a, int j) {
+        after = entry(a, j + 2 + NUMBERS);    // half a block before it is needed
         load_mean(j + NUMBERS + 1, next[NUMBERS - 1]);
-        load_keys(j + S::KEYS, keys, next[S::KEYS - 2]);
-        keys = keys == (S::KEYS - 1) * S::SLOT ? 0 : keys + S::SLOT;
+        load_keys(j + S::KEYS, keys(j), next[S::KEYS - 2]);
+        if (S::KEYS == 3) third = third == 2 * S::SLOT ? 0 : third + S::SLOT;
     }
     __device__ void release_values(int j) {
         load_values(j + 2, next[0]);
-        go_on(j);
+        go_on();
     }
     // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
-    template <int N> __device__ void load_base(Floats<N> (&base)[AHEAD][2], int j) const {
+    template <int N> __device__ void load_base(const DecodeArgs &a, Floats<N> (&x)[AHEAD][2], int j) const {
         static_assert(N == K::d / 64);
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const float *from = base_from + (int64_t)(min(j + i, count - 1) * every) * K::d;
-            base[i][0] = *(const Floats<N> *)from, base[i][1] = *(const Floats<N> *)(from + K::d / 2);
+            const float *from = a.kv.rope.base + (base + min(j + i, count - 1) * every * K::d);
+            x[i][0] = *(const Floats<N> *)from, x[i][1] = *(const Floats<N> *)(from + K::d / 2);
         }
     }
 
   private:
     __device__ static int lane() { return threadIdx.x % 32; }
     __device__ static int64_t first(const DecodeArgs &a, const Part &p) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + p.h; }    // as kv.sealed_at
-    __device__ int entry(int j) const { return table[min(j, count - 1) * every]; }
-    __device__ void go_on(int j) {
+    __device__ uint32_t keys(int j) const { return S::KEYS == 3 ? third : j % 2 * S::SLOT; }
+    __device__ int entry(const DecodeArgs &a, int j) const { return a.kv.table[table + min(j, count - 1) * every]; }
+    __device__ void go_on() {
         for (int i = 0; i < NUMBERS - 1; i++) next[i] = next[i + 1];
-        next[NUMBERS - 1] = entry(j + 2 + NUMBERS);
+        next[NUMBERS - 1] = after;
     }
     __device__ void load_mean(int j, int number) const {
-        copy_async<4>(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
+        copy_async4(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
     }
     // `from` and `to` are the lane's.
     template <int BYTES> __device__ static void copy(uint32_t to, const uint8_t *from, bool wanted) {
 #pragma unroll
-        for (int at = 0; at < BYTES; at += 512) copy_async<16>(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
+        for (int at = 0; at < BYTES; at += 512) copy_async16(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     __device__ void load_keys(int j, uint32_t to, int number) const { copy<S::SLOT_K>(slots + to, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
@@ -409,7 +420,7 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
     for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {              // last warps have fewer blocks
         const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
         const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
-        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp) + S::SLOTS));
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);
@@ -425,7 +436,7 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
         for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
     }
     __syncwarp();    // all have read what coded reads
-    auto result = [&](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::warp_at(p.warp - p.rank + w)); };
+    auto result = [&](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::slots(p.warp - p.rank + w)); };
     result(p.rank).put(m_of, l_of, tokens.o);
     p.sync();
     merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, p.rank, p.team, result);

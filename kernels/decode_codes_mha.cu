@@ -35,7 +35,7 @@ __device__ static float2 first_norms_of(uint32_t at, int t) {
     return make_float2(fmaf(grid.x, (float)u, grid.y), fmaf(grid.x, (float)v, grid.y));
 }
 
-template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 1>::WARPS, 1) decode_codes_one_kernel(DecodeArgs a) {
+template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 1>::WARPS, 1) decode_codes_one_kernel(const __grid_constant__ DecodeArgs a) {
     using S = Layout<K, V, 1>;
     using KB = typename K::Block;
     using VB = typename V::Block;
@@ -44,9 +44,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
-    const uint32_t mine = S::warp_at(warp), z_at = mine + S::SLOTS;    // (8, D/2) column, pair: (cosine part, sine part) in f16
-    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4), z_store_odd = opaque(z_at + (PAIRS * lane ^ 16) * 4);    // odd columns swapped, so that
-    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64), z_load_odd = opaque(z_load + 64 - g % 2 * 128);    // neighbours lie in different banks
+    const uint32_t z_at = S::warp_at(warp);    // (8, D/2) column, pair: (cosine part, sine part) in f16
+    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
+    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     // Of block b: (tile, token % 8, token / 8 % 2), 8 words left out between tiles 1 and 2 and after 3: 16 lanes lie in different banks.
     const uint32_t mean_store = opaque(z_at + t * S::MEAN_SCORES + 8 * g), mean_load = opaque(z_at + 64 * t + t / 2 * 32 + 8 * g);
     const uint32_t weight_store = opaque(z_at + S::WEIGHTS + 4 * lane), weight_load = opaque(z_at + S::WEIGHTS + 16 * t);
@@ -63,7 +63,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part p(a, task, 1);
     if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
     BlockRing<K, V, S> ring(a, p);
-    tables.store();
+    if (a.team < WARPS || p.coded > 0) tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     auto go_on = [&] {
@@ -77,16 +77,17 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
-        ring.load_others();
+        ring.load_others(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
-        if (p.count > 0) ring.load_base(base, 0);
+        if (p.count > 0) ring.load_base(a, base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
-            const uint32_t kb = ring.keys_at(), vb = ring.values_at(j);
+            const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
             ring.wait_keys();
             if (j % 4 == 0) {    // means of this block and the next three
+                const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
                 Floats<PAIRS> lo[4], hi[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -107,7 +108,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                     }
                     store_shared(z_store + 2 * i * (D / 2) * 4, high), store_shared(z_store_odd + (2 * i + 1) * (D / 2) * 4, low);
                 }
-                if (j + 4 < p.count) ring.load_base(base, j + 4);
+                if (j + 4 < p.count) ring.load_base(a, base, j + 4);
                 __syncwarp();
                 uint32_t z[D / 8];
 #pragma unroll
@@ -150,10 +151,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 score[0] = s1.x * fmaf(code(0), s2.x, mean.x), score[1] = s1.y * fmaf(code(1), s2.y, mean.y);
             }
             __syncwarp();
-            ring.release_keys(j);
-            // softmax in base 2
+            ring.release_keys(a, j);
+            // softmax in base 2; m follows when it is 2^8 too small
             float top = fmaxf(score[0], score[1]);
-            if (__any_sync(~0u, top > m)) {
+            if (__any_sync(~0u, top > m + 8)) {
                 const float up = fmaxf(m, warp_max(top)), old = exp2_fast(m - up);
                 m = up, l *= old, w_sum *= old;
                 for (int i = 0; i < TILES; i++)
@@ -202,7 +203,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         }
 
         // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's.
-        WarpResult<D, 1> &result = *(WarpResult<D, 1> *)at_address(mine);
+        WarpResult<D, 1> &result = *(WarpResult<D, 1> *)at_address(S::slots(warp));
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
