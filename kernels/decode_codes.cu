@@ -47,11 +47,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 
     const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
     int task = blockIdx.x + gridDim.x * (warp / a.team);
+    Part p(a, task, QUERIES);
     Tables<K, V, S> tables;
     tables.load(kv);
-    if (a.seals) wait_for_inputs();
-    Part p(a, task, QUERIES);
     if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    if (a.seals) wait_for_inputs();
     BlockRing<K, V, S> ring(a, p);
     if (a.team < WARPS || p.coded > 0) tables.store();
     wait_for_inputs();
@@ -67,7 +67,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
-        ring.load_others(a);
+        ring.load_second(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
         Floats<PAIRS> base[2][2];                                  // of the next two blocks

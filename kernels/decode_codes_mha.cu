@@ -35,6 +35,18 @@ __device__ static float2 first_norms_of(uint32_t at, int t) {
     return make_float2(fmaf(grid.x, (float)u, grid.y), fmaf(grid.x, (float)v, grid.y));
 }
 
+// No token's first norm is larger.
+__device__ static float first_norm_bound(uint32_t at) {
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(FirstNorm, step)));
+    return fmaf(grid.x, 15.0f, grid.y);
+}
+// The warp's sum of numbers from 0 to `bound`, each to 2^-25 of it: a sum of integers is one instruction.  NaN if bound is.
+__device__ static float sum_below(float x, float bound) {
+    const uint32_t exponent = max(__float_as_uint(bound) & 0x7f800000u, 40u << 23);
+    const float unit = __uint_as_float(exponent - (24u << 23)), inverse = __uint_as_float((254u + 24 << 23) - exponent);
+    return fmaf((float)__reduce_add_sync(~0u, __float2int_rn(x * inverse)), unit, 0.0f * bound);
+}
+
 template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 1>::WARPS, 1) decode_codes_one_kernel(const __grid_constant__ DecodeArgs a) {
     using S = Layout<K, V, 1>;
     using KB = typename K::Block;
@@ -46,9 +58,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
     const uint32_t z_at = S::warp_at(warp);    // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
-    const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
+    const uint32_t z_load = opaque(z_at + g % 4 * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     // Of block b: (tile, token % 8, token / 8 % 2), 8 words left out between tiles 1 and 2 and after 3: 16 lanes lie in different banks.
-    const uint32_t mean_store = opaque(z_at + t * S::MEAN_SCORES + 8 * g), mean_load = opaque(z_at + 64 * t + t / 2 * 32 + 8 * g);
+    const uint32_t mean_store = opaque(z_at + 2 * t * S::MEAN_SCORES + 8 * g), mean_load = opaque(z_at + 64 * t + t / 2 * 32 + 8 * g);
     const uint32_t weight_store = opaque(z_at + S::WEIGHTS + 4 * lane), weight_load = opaque(z_at + S::WEIGHTS + 16 * t);
     const uint32_t E = opaque(S::E(lane)), means = opaque(S::means(warp));
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
@@ -57,11 +69,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 
     const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
     int task = blockIdx.x + gridDim.x * (warp / a.team);
+    Part p(a, task, 1);
     Tables<K, V, S> tables;
     tables.load(kv);
-    if (a.seals) wait_for_inputs();
-    Part p(a, task, 1);
     if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    if (a.seals) wait_for_inputs();
     BlockRing<K, V, S> ring(a, p);
     if (a.team < WARPS || p.coded > 0) tables.store();
     wait_for_inputs();
@@ -77,7 +89,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
-        ring.load_others(a);
+        ring.load_second(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(a, base, 0);
@@ -96,17 +108,14 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    Words<PAIRS> high, low;
+                    Words<PAIRS> z;
 #pragma unroll
                     for (int k = 0; k < PAIRS; k++) {
                         const float c = base[i][0].x[k], s = base[i][1].x[k];
                         const float ml = lo[i].x[k] * c - hi[i].x[k] * s, mh = lo[i].x[k] * s + hi[i].x[k] * c;
-                        const float x = q[k] * ml + q[PAIRS + k] * mh, y = q[PAIRS + k] * ml - q[k] * mh;
-                        high.x[k] = pack(x, y);
-                        const float2 kept = unpack(high.x[k]);
-                        low.x[k] = pack(x - kept.x, y - kept.y);
+                        z.x[k] = pack(q[k] * ml + q[PAIRS + k] * mh, q[PAIRS + k] * ml - q[k] * mh);
                     }
-                    store_shared(z_store + 2 * i * (D / 2) * 4, high), store_shared(z_store_odd + (2 * i + 1) * (D / 2) * 4, low);
+                    store_shared((i % 2 ? z_store_odd : z_store) + i * (D / 2) * 4, z);
                 }
                 if (j + 4 < p.count) ring.load_base(a, base, j + 4);
                 __syncwarp();
@@ -128,8 +137,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                         mma(c[tile], e, z[2 * k], z[2 * k + 1]);
                     }
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++)    // of block t
-                    store_shared(mean_store + 64 * tile + tile / 2 * 32, Words<2>{{__float_as_uint(c[tile][0] + c[tile][1]), __float_as_uint(c[tile][2] + c[tile][3])}});
+                for (int tile = 0; tile < 4; tile++)    // of blocks 2 t and 2 t + 1
+                    for (int i = 0; i < 2; i++)
+                        if (t < 2) store_shared(mean_store + i * S::MEAN_SCORES + 64 * tile + tile / 2 * 32, Words<2>{{__float_as_uint(c[tile][i]), __float_as_uint(c[tile][2 + i])}});
                 __syncwarp();
             }
             // scores
@@ -165,7 +175,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2, V::delta);
             const float p0 = exp2_fast(score[0] - m), p1 = exp2_fast(score[1] - m), weight0 = p0 * s1.x * s2.x, weight1 = p1 * s1.y * s2.y;
             l += p0 + p1;
-            const float s1_sum = warp_sum(fmaf(p0, s1.x, p1 * s1.y));
+            const float s1_sum = sum_below(fmaf(p0, s1.x, p1 * s1.y), first_norm_bound(vb + offsetof(VB, s1)) * 512);    // p <= 2^8
             const uint32_t largest = __reduce_max_sync(~0u, __float_as_uint(fmaxf(fmaxf(weight0, weight1), 0.0f)));    // bits of numbers >= 0 are in their order
             const uint32_t exponent = max(largest & 0x7f800000u, 40u << 23);    // of the unit 2^-14 of the largest
             const float inverse = __uint_as_float((254u + 14 << 23) - exponent), w_unit = __uint_as_float(exponent - (14u << 23));
