@@ -22,6 +22,10 @@ namespace cuda {
 
 // ---- f16 ----------------------------------------------------------------------------------------------------
 constexpr int F16_WARPS = 8, F16_TEAMS = 2 * GPU_SMS;    // thread blocks at work at once
+// By a warp, to L1.
+__device__ static void prefetch(const void *from, int bytes) {
+    for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L1 [%0];" ::"l"((const uint8_t *)from + at));
+}
 template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) decode_f16_kernel(DecodeArgs a) {
     constexpr int PAIRS = D / 64;
     __shared__ WarpResult<D, Q> results[F16_WARPS];
@@ -29,7 +33,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     __shared__ f16 own_rows_here[2 * D];
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.reach;
-    bool waited = false;    // positions and block tables are there before the step's first kernel
+    bool waited = false;
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = parts_of(units, F16_WARPS, a.room);
@@ -37,7 +41,15 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
-        if (!waited) wait_for_inputs(), waited = true;
+        if (!waited) {    // positions, block tables and what earlier steps kept are there before the step's first kernel
+            const int g = begin + warp, i = g / GROUPS, t0 = g % GROUPS * GROUP;
+            if (g < end) {
+                if (i >= coded_end || i < kv.sink) prefetch(kv.k_exact + kv.exact_at(a.layer, slot, h, i) + t0 * D, GROUP * D * 2), prefetch(kv.v_exact + kv.exact_at(a.layer, slot, h, i) + t0 * D, GROUP * D * 2);
+                prefetch(kv.rope.step + t0 * D, GROUP * D * 4), prefetch(kv.rope.base + (int64_t)i * D, D * 4);
+            }
+            wait_for_inputs();
+            waited = true;
+        }
         const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
         ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int i) -> const f16 * {

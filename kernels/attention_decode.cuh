@@ -201,10 +201,16 @@ template <int D, int Q> struct ExactTokens {
 };
 
 // ---- merging ------------------------------------------------------------------------------------------------
+// How many came before; what all of them wrote is there for the last one, which finds most, and makes the counter 0 again.
+__device__ inline unsigned arrive(unsigned *counter, unsigned most) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(most) : "memory");
+    return before;
+}
 // What is left of a query when a part of it is done; lanes have channels D/32 lane ...  Whoever arrives last merges, in the order of
 // the parts.  By one warp.
 template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query, int part, int parts, float m, float l, const float (&o)[D / 32]) {
-    constexpr int C = D / 32, AT_ONCE = 8;    // parts whose loads are in flight together
+    constexpr int C = D / 32, AT_ONCE = 16;    // parts whose loads are in flight together
     const int lane = threadIdx.x % 32;
     auto store = [&](float *to, const float (&x)[C], float scale) {
         Floats<C> f;
@@ -216,33 +222,32 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
     float *const part_o = a.part_o + query * a.room * D;
     store(part_o + part * D, o, 1.0f);
     if (lane == 0) ml[part] = make_float2(m, l);
-    __threadfence();
     __syncwarp();
     unsigned before = 0;
-    if (lane == 0) before = atomicInc(a.arrived + query, parts - 1);
+    if (lane == 0) before = arrive(a.arrived + query, parts - 1);
     if (__shfl_sync(~0u, before, 0) + 1 < parts) return;
-    __threadfence();
     float top = -INFINITY, sum = 0, y[C] = {};
+    Floats<C> x[AT_ONCE];
+    auto load = [&](int part) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) x[i] = load_l2<C>(part_o + C * lane + (int64_t)min(part + i, parts - 1) * D);
+    };
+    load(0);
     for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
     top = warp_max(top);
 #pragma unroll 1
-    for (int i0 = 0; i0 < parts; i0 += 32) {
+    for (int i = 0; i < parts; i += AT_ONCE) {
+        if (i > 0) load(i);
         float weight = 0;
-        if (i0 + lane < parts) {
-            const float2 x = __ldcg(ml + i0 + lane);
-            weight = merge_weight(x.x, top);
-            sum = fmaf(x.y, weight, sum);
+        if (lane < min(AT_ONCE, parts - i)) {
+            const float2 v = __ldcg(ml + i + lane);
+            weight = merge_weight(v.x, top);
+            sum = fmaf(v.y, weight, sum);
         }
-#pragma unroll 1
-        for (int j0 = 0; j0 < min(32, parts - i0); j0 += AT_ONCE) {
-            Floats<C> x[AT_ONCE];
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) x[j] = load_l2<C>(part_o + C * lane + (int64_t)min(i0 + j0 + j, parts - 1) * D);
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                const float w = __shfl_sync(~0u, weight, j0 + j);
-                for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
-            }
+        for (int j = 0; j < AT_ONCE; j++) {
+            const float w = __shfl_sync(~0u, weight, j);
+            for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
         }
     }
     store(a.y + query * D, y, 1.0f / warp_sum(sum));
