@@ -22,15 +22,8 @@ template <class K, class V, int Q> struct Layout {
     static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
     static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
     static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BESIDE_SLOTS = Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN);
-    // Blocks of keys and blocks of values, one after the other: two of each, or one more if they are alike and there is room.
-    HD static constexpr int slots_bytes(int halves) { return 2 * SLOT + (halves - 4) * SLOT_K; }
-    HD static constexpr int warp_bytes(int halves) { return (slots_bytes(halves) + BESIDE_SLOTS + 127) / 128 * 128; }
-    HD static constexpr int warps(int halves) {
-        const int fit = ((int)TABLE - BELOW_AT) / warp_bytes(halves) + (int)(END - ABOVE) / warp_bytes(halves);
-        return fit < MOST_WARPS ? fit : MOST_WARPS;
-    }
-    static constexpr int HALVES = Q == 1 && ALIKE && warps(5) == warps(4) ? 5 : 4, WARP = warp_bytes(HALVES), WARPS = warps(HALVES);
-    static constexpr int BELOW = ((int)TABLE - BELOW_AT) / WARP, BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    static constexpr int WARP = (2 * SLOT + BESIDE_SLOTS + 127) / 128 * 128, BELOW = ((int)TABLE - BELOW_AT) / WARP, FIT = BELOW + (int)(END - ABOVE) / WARP;
+    static constexpr int WARPS = FIT < MOST_WARPS ? FIT : MOST_WARPS, BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
     // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
@@ -41,8 +34,8 @@ template <class K, class V, int Q> struct Layout {
     // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
     static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
     __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
-    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : slots(w) + slots_bytes(HALVES); }
-    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : slots(w) + slots_bytes(HALVES) + (ALIKE ? 0 : FACTORS); }
+    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : slots(w) + 2 * SLOT; }
+    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : slots(w) + 2 * SLOT + (ALIKE ? 0 : FACTORS); }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
@@ -108,7 +101,7 @@ __device__ inline Words<4> words(float a, float b, float c, float d) { return {{
 // Predicated: a branch for each of a block's copies costs more than they.  Blocks are read once: they leave L2 first.
 constexpr uint64_t READ_ONCE = 0x12F0000000000000;    // what createpolicy.fractional.L2::evict_first says for all of the bytes
 __device__ inline void copy_async16(uint32_t to, const uint8_t *from, bool wanted) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %3;\n}" ::"r"(to), "l"(from), "r"((int)wanted), "l"(READ_ONCE) : "memory");
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %3;\n}" ::"r"(to), "l"(from), "r"((int)wanted), "l"(READ_ONCE) : "memory");
 }
 __device__ inline void copy_async4(uint32_t to, const uint8_t *from, bool wanted) {
     asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
@@ -322,7 +315,7 @@ template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a,
 // Block j of the warp: its keys and its values come as soon as those whose place they take are done with, the mean of its keys before,
 // when j / AHEAD * AHEAD starts.
 template <class K, class V, class S> struct BlockRing {
-    static constexpr int AHEAD = S::MEANS / 2, ODD = S::HALVES == 5, NUMBERS = AHEAD + ODD;
+    static constexpr int AHEAD = S::MEANS / 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     static_assert(S::MEAN <= 128, "a word a lane");
@@ -330,8 +323,7 @@ template <class K, class V, class S> struct BlockRing {
     int table, base;                                           // where in the block table and in the table of angles the first one is
     const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
     uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
-    uint32_t half = 0;                                         // of slots, where the keys at work are, if the slots are odd
-    int next[NUMBERS] = {}, after = 0;                         // numbers in the pool, from the next values to load on; the one behind
+    int next[AHEAD] = {}, after = 0;                         // numbers in the pool, from the next values to load on; the one behind
 
     __device__ BlockRing(const DecodeArgs &a, const Part &p)
         : count(p.count), every(p.team), table(p.slot * a.kv.max_blocks + p.begin), base(p.begin * K::d + K::d / 64 * lane()),
@@ -340,41 +332,33 @@ template <class K, class V, class S> struct BlockRing {
           slots(opaque(S::slots(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
         if (count == 0) return;
         const int number = entry(a, 0);
-        for (int i = 0; i < NUMBERS; i++) next[i] = entry(a, i + 1);
+        for (int i = 0; i < AHEAD; i++) next[i] = entry(a, i + 1);
         for (int i = 0; i < AHEAD; i++) load_mean(i, i == 0 ? number : next[i - 1]);
-        load_keys(0, slots, number);
-        load_values(0, slots + S::SLOT_K, number);
+        load_keys(0, number);
+        load_values(0, number);
     }
-    // What else fits, when prepare_queries is done with its place.
-    __device__ void load_others(const DecodeArgs &a) {
+    // Block 1, when prepare_queries is done with its place.
+    __device__ void load_second(const DecodeArgs &a) {
         if (count == 0) return;
-        load_mean(AHEAD, next[AHEAD - 1]);
-        load_keys(1, slots + S::SLOT, next[0]);
-        load_values(1, slots + S::SLOT + S::SLOT_K, next[0]);
-        if (ODD) load_mean(1 + AHEAD, next[AHEAD]), load_keys(2, slots + 2 * S::SLOT, next[1]);
-        after = entry(a, 1 + NUMBERS);
-        go_on();
+        release_keys(a, -1);
+        release_values(-1);
     }
-    __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + keys(j); }
-    __device__ uint32_t values_at(int j) const { return slots - 16 * lane() + values(j); }
-    // That keys and values of the block at work are there; in flight are those behind them.
-    __device__ void wait_keys() const { wait<S::HALVES - 1>(); }      // before the next are asked for
-    __device__ void wait_values() const { wait<S::HALVES - 1>(); }    // after release_keys
-    __device__ void wait_block() const { wait<S::HALVES - 2>(); }     // before it
-    // All lanes are done with the keys, with the values, of block j: what comes next takes their place.
+    __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + j % 2 * S::SLOT; }
+    __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
+    // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
+    __device__ void wait_keys() const { wait<3>(); }      // before the next are asked for
+    __device__ void wait_values() const { wait<3>(); }    // after release_keys
+    __device__ void wait_block() const { wait<2>(); }     // before it
+    // All lanes are done with the keys, with the values, of block j.
     __device__ void release_keys(const DecodeArgs &a, int j) {
-        after = entry(a, j + 2 + NUMBERS);    // half a block before it is needed
-        if (ODD) return load_values(j + 2, slots + keys(j), next[0]);
+        after = entry(a, j + 2 + AHEAD);    // half a block before it is needed
         load_mean(j + 1 + AHEAD, next[AHEAD - 1]);
-        load_keys(j + 2, slots + keys(j), next[0]);
+        load_keys(j + 2, next[0]);
     }
     __device__ void release_values(int j) {
-        if (ODD) {
-            load_mean(j + 2 + AHEAD, next[AHEAD]);
-            load_keys(j + 3, slots + values(j), next[1]);
-            half = half >= 3 * S::SLOT_K ? half - 3 * S::SLOT_K : half + 2 * S::SLOT_K;
-        } else load_values(j + 2, slots + values(j), next[0]);
-        go_on();
+        load_values(j + 2, next[0]);
+        for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
+        next[AHEAD - 1] = after;
     }
     // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
     template <int N> __device__ void load_base(const DecodeArgs &a, Floats<N> (&x)[AHEAD][2], int j) const {
@@ -389,16 +373,10 @@ template <class K, class V, class S> struct BlockRing {
   private:
     __device__ static int lane() { return threadIdx.x % 32; }
     __device__ static int64_t first(const DecodeArgs &a, const Part &p) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + p.h; }    // as kv.sealed_at
-    __device__ uint32_t keys(int j) const { return ODD ? half : j % 2 * S::SLOT; }
-    __device__ uint32_t values(int j) const { return ODD ? (half == 4 * S::SLOT_K ? 0 : half + S::SLOT_K) : j % 2 * S::SLOT + S::SLOT_K; }
     __device__ int entry(const DecodeArgs &a, int j) const {
         int number;    // asked for here, not where it is needed
         asm volatile("ld.global.s32 %0, [%1];" : "=r"(number) : "l"(a.kv.table + table + min(j, count - 1) * every));
         return number;
-    }
-    __device__ void go_on() {
-        for (int i = 0; i < NUMBERS - 1; i++) next[i] = next[i + 1];
-        next[NUMBERS - 1] = after;
     }
     __device__ void load_mean(int j, int number) const {
         copy_async4(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
@@ -409,15 +387,33 @@ template <class K, class V, class S> struct BlockRing {
         for (int at = 0; at < BYTES; at += 512) copy_async16(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __device__ void load_keys(int j, uint32_t to, int number) const { copy<S::SLOT_K>(to, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
-    __device__ void load_values(int j, uint32_t to, int number) const { copy<S::SLOT_V>(to, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count); }
+    __device__ void load_keys(int j, int number) const { copy<S::SLOT_K>(slots + j % 2 * S::SLOT, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
+    __device__ void load_values(int j, int number) const { copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count); }
     template <int IN_FLIGHT> __device__ static void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
         __syncwarp();
     }
 };
 
-// Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
+// The part's exact tokens, a group at a time: sinks, then from coded_end on.
+struct ExactGroups {
+    int groups, begin, every;
+    __device__ ExactGroups(const Part &p)
+        : groups((p.n_blocks - p.coded - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1), begin(p.part + (p.team - 1 - p.rank) * p.parts), every(p.parts * p.team) {}    // last warps have fewer blocks
+    __device__ static int block(const DecodeArgs &a, const Part &p, int i) { return i / GROUPS < a.kv.sink ? i / GROUPS : i / GROUPS + p.coded; }
+};
+// They come to L2 while the codes are worked on.
+template <int D> __device__ void prefetch_exact(const DecodeArgs &a, const Part &p) {
+    const ExactGroups g(p);
+    constexpr int LINES = GROUP * D * 2 / 128;    // of keys; as many of values
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int i = g.begin; i < g.groups; i += g.every) {
+        const int64_t rows = a.kv.exact_at(a.layer, p.slot, p.h, g.block(a, p, i)) + i % GROUPS * GROUP * D + lane % LINES * 64;
+        if (lane < 2 * LINES) asm volatile("prefetch.global.L2 [%0];" ::"l"((lane < LINES ? a.kv.k_exact : a.kv.v_exact) + rows));
+    }
+}
+// Exact tokens, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
 template <class S, int Q, class Coded>
 __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Coded coded) {
     constexpr int D = S::D, C = D / 32;
@@ -425,11 +421,12 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
     const int n_queries = min(Q, a.G - p.q0);
     const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
     ExactTokens<D, Q> tokens;
-    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
-    for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {              // last warps have fewer blocks
-        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
+    const ExactGroups g(p);
+#pragma unroll 1
+    for (int i = g.begin; i < g.groups; i += g.every) {
+        const int block = g.block(a, p, i), t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
         const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
-        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == g.groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);
