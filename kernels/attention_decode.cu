@@ -1,18 +1,18 @@
 /* attention_decode - attention of steps with one row a slot; the contract is attention.cu's.
 
    Math      q . k_t = (R q) . code_t + q . RoPE_t(plain_t),   sum p_t v_t = R (sum p_t code_t) + sum p_t plain_t
-   Kernels   rows    turns and scales the queries, rounds R q to 16-bit integers, and (in attend) keeps the row's keys and values
-             f16     both sides fp16: this page
+   Kernels   f16     both sides fp16: this page
              codes   both sides NSN: decode_codes.cu, and decode_codes_mha.cu for heads with one query
-             With few rows one layer of decode is these two launches, each starting while the one before it is at work.
-   Work      The cache of a row and kv head is divided into parts (decode_parts); a part is a thread block's, and a warp's in
-             decode_codes with many rows.  A part leaves a triple (m, l, o), the last to arrive merges them in order.
+             One launch a layer: who needs a query turns and scales it (load_query), who needs the row's own key and value rounds
+             them and puts them into the ring (own_row).  What earlier steps wrote is asked for before the kernel before is done.
+   Work      The cache of a row and kv head is divided into parts; a part is a thread block's, and a team's of its warps in
+             decode_codes (codes_shares).  A part leaves a triple (m, l, o), the last to arrive merges them in order.
              f16: units are 8 tokens; 8 warps take turns.  The keys of a warp's next tokens are on their way while it adds up the
              values of these.
-             Tried: wo prefetched to L2 by blocks beside the rows' (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes
-             175 tok/s in f16 for 179, and as many as without in nsn2b.
+             Tried: a kernel of its own that turns and rounds queries (16.1 us for 13.8: 32 heads, 4,096 tokens); wo prefetched to L2 beside
+             it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179.
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
-             because so many fill the GPU with longer parts.
+             because so many fill the GPU with longer parts.  Steps with more rows a slot add up in other orders.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__

@@ -15,7 +15,7 @@ namespace cuda {
 
 extern cudaStream_t stream;
 
-constexpr int FEW_ROWS = 8;    // steps of up to so many rows: a row has the same bits in any of them (ops.h)
+constexpr int FEW_ROWS = 8;    // steps of up to so many rows: products, and attention if no slot has two, give a row the same bits in any of them
 
 // The rows of one slot in this step: rows row..row+rows-1.
 struct SlotRows { int row, rows; };

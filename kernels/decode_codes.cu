@@ -4,21 +4,25 @@
                keys    codewords are 8-bit x + 1/2, R q is a 16-bit integer in two bytes (hi, lo), so mma.sync s8 is exact:
                        sum q (x + 1/2) = 256 sum hi x + sum lo x + (sum q) / 2
                means   s1[t] q . RoPE_t(mean), the mean turned to the block's start once: z_j = (q_lo m_lo + q_hi m_hi, q_hi m_lo - q_lo m_hi),
-                       times the 64 x d matrix E of the cosines and sines of tokens 0..63, in f16 (z as a sum of two)
+                       times the 64 x d matrix E of the cosines and sines of tokens 0..63, all in f16
                values  weights p[t] s1[t] s2[t] are 16-bit integers with a power of two of the block as unit, in two bytes
-   Work      A warp has a list of sealed blocks.  The bytes of the next one come to shared memory while this one is worked on;
-             means of two blocks are done together, so that E is read once for both.  Tokens that are exact (sinks, recents, open)
-             are shared among the same warps, 8 at a time (attention_decode.cuh).
+   Work      A part's blocks go in turn to the warps of a team; keys and values of a block come to shared memory as soon as those
+             of the block before the last are done with.  Means of two blocks are done together, so that E is read once for both.
+             Tokens that are exact (sinks, recents, open) are shared among the same warps, 8 at a time (attention_decode.cuh).
+             Few rows: a team is a thread block.  Many: what keeps all of them busy to the end (shares_of_many), often one part a
+             row and head, whose sums then never leave the SM.
    Fragments Lane (g, t) = (lane / 4, lane % 4).  A row of an A operand is a token for keys (row g + 8 h of tile i is token
              16 i + 8 h + g), a channel for values; column 2 t, 2 t + 1 of a B operand is query t's hi and lo part.
    Memory    Shared, by address; a codebook row at an address of 256 k lets one byte permute make the address of codeword k:
                1 K   E (if K and V differ) | warps ...
                64 K  row k: codeword k, one copy a lane (pair), 128 bytes | V's, or E and the token factors if K and V are alike
-               128 K warps ...                                  a warp: 2 blocks, z, token factors (if K and V differ), 4 means
-   Cost      nsn2b, d 128: 1,250 instructions and 370 wavefronts of shared memory a block, whose 4,464 bytes take 350 clocks at 3.06
-             TB/s.  Measured some 600: two instructions a clock, three warps a scheduler wait for results of their own (ncu: fixed
-             latencies 18% of the samples, issue 14%, shared memory 9%, memory 9%, the arithmetic pipes 5%).
-             Tried: 10 warps, no spills: 99 us for 92 (32 rows, 8 kv heads, 8,192 tokens).
+               128 K warps ...                                  a warp: z, 2 blocks, token factors (if K and V differ), 4 means
+   Cost      nsn2b, d 128, ncu: 1,160 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
+             3.06 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 71.5 us, 68.4 with all codes in L2, so it is bound by its own work: some
+             480 clocks a block, 2.3 instructions a clock; samples: issue 19%, fixed latencies 17%, other warps' turn 15%, shared
+             memory 14%, global 10%, pipes 8%, barriers 4%.
+             Tried: 10 warps (99 us when 12 took 92); warps that take the next of many small parts by a counter (103 to 139 for 96:
+             what a part costs by itself).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -50,10 +54,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part p(a, task, QUERIES);
     Tables<K, V, S> tables;
     tables.load(kv);
-    if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    const bool one_task = teams == tasks && a.team == WARPS;
+    if (one_task && !p.there()) return;    // positions and block tables are there before the step's first kernel
     if (a.seals) wait_for_inputs();
     BlockRing<K, V, S> ring(a, p);
-    if (a.team < WARPS || p.coded > 0) tables.store();
+    if (!one_task || p.coded > 0) tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     auto go_on = [&] {
@@ -68,7 +73,6 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
         ring.load_second(a);
-        prefetch_exact<D>(a, p);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
         Floats<PAIRS> base[2][2];                                  // of the next two blocks

@@ -395,25 +395,7 @@ template <class K, class V, class S> struct BlockRing {
     }
 };
 
-// The part's exact tokens, a group at a time: sinks, then from coded_end on.
-struct ExactGroups {
-    int groups, begin, every;
-    __device__ ExactGroups(const Part &p)
-        : groups((p.n_blocks - p.coded - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1), begin(p.part + (p.team - 1 - p.rank) * p.parts), every(p.parts * p.team) {}    // last warps have fewer blocks
-    __device__ static int block(const DecodeArgs &a, const Part &p, int i) { return i / GROUPS < a.kv.sink ? i / GROUPS : i / GROUPS + p.coded; }
-};
-// They come to L2 while the codes are worked on.
-template <int D> __device__ void prefetch_exact(const DecodeArgs &a, const Part &p) {
-    const ExactGroups g(p);
-    constexpr int LINES = GROUP * D * 2 / 128;    // of keys; as many of values
-    const int lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int i = g.begin; i < g.groups; i += g.every) {
-        const int64_t rows = a.kv.exact_at(a.layer, p.slot, p.h, g.block(a, p, i)) + i % GROUPS * GROUP * D + lane % LINES * 64;
-        if (lane < 2 * LINES) asm volatile("prefetch.global.L2 [%0];" ::"l"((lane < LINES ? a.kv.k_exact : a.kv.v_exact) + rows));
-    }
-}
-// Exact tokens, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
+// Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
 template <class S, int Q, class Coded>
 __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Coded coded) {
     constexpr int D = S::D, C = D / 32;
@@ -421,12 +403,12 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
     const int n_queries = min(Q, a.G - p.q0);
     const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
     ExactTokens<D, Q> tokens;
-    const ExactGroups g(p);
+    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
 #pragma unroll 1
-    for (int i = g.begin; i < g.groups; i += g.every) {
-        const int block = g.block(a, p, i), t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
+    for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {    // last warps have fewer blocks
+        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
         const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
-        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == g.groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);

@@ -6,13 +6,16 @@
    Fragments Lane (g, t) = (lane / 4, lane % 4) has the scores of tokens a = 16 t + g and a + 8.
                keys    row g + 8 h of tile i is token 16 i + 8 h + g; all pairs of columns are the query's (hi, lo), so that every lane
                        has the products of its rows, and takes those of tile t
-               means   column 2 b, 2 b + 1 is block b's z as a sum of two f16: E is read once for four blocks
+               means   columns b and b + 4 are block b's z: E is read once for four blocks
                values  a row is a word of 4 neighbouring channels as the codebook has it, k runs over 8 tokens x 4 bytes.  Column n has
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
    Memory    decode_codes.cu's without token factors; 8 means a warp, which have their place if K and V are alike.  Where z was: for each
              of four blocks the mean scores, a pair a lane, and behind them the weights of the block at work.
-   Cost      nsn2b, d 128: 780 instructions a block, whose 4,464 bytes take 350 clocks at 3.06 TB/s; measured some 500.
-             Tried: 14 warps of 128 registers: 156 us for 146 (32 rows, 32 heads, 4,096 tokens; their bytes take 96).
+   Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 117 us, 98
+             with all codes in L2; memory alone would take 96.  A warp waits for its copies 8% of the time.
+             Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
+             half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
+             117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include "decode_codes.cuh"
@@ -72,10 +75,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part p(a, task, 1);
     Tables<K, V, S> tables;
     tables.load(kv);
-    if (teams == tasks && a.team == WARPS && !p.there()) return;    // positions and block tables are there before the step's first kernel
+    const bool one_task = teams == tasks && a.team == WARPS;
+    if (one_task && !p.there()) return;    // positions and block tables are there before the step's first kernel
     if (a.seals) wait_for_inputs();
     BlockRing<K, V, S> ring(a, p);
-    if (a.team < WARPS || p.coded > 0) tables.store();
+    if (!one_task || p.coded > 0) tables.store();
     wait_for_inputs();
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
     auto go_on = [&] {
@@ -90,7 +94,6 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
         const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
         ring.load_second(a);
-        prefetch_exact<D>(a, p);
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(a, base, 0);

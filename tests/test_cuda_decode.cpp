@@ -55,6 +55,27 @@ TEST_CASE("cuda decode: every format, head shape and length against the f64 refe
             }
 }
 
+TEST_CASE("cuda decode: teams of every size, and thread blocks with several parts, short rows first") {
+    const Ops *gpu = find_decode();
+    if (!gpu) return;
+    for (KvFormat f : {KvFormat::f16, KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b})
+        for (const auto &[rows, heads, G] : {std::tuple(8, 8, 1), {8, 8, 4}, {9, 2, 4}, {20, 1, 1}, {20, 3, 4}, {40, 8, 1}, {40, 8, 2}, {33, 16, 1}, {96, 8, 5}}) {
+            KvOptions o;
+            o.k_format = o.v_format = f;
+            const int longest = rows == 8 ? 1100 : 400, d = rows == 9 || G == 2 ? 64 : 128;
+            std::vector<int> lengths;
+            for (int i = 0; i < rows; i++) lengths.push_back(i < rows / 2 ? 2 + i * 7 : longest - 3 * i);
+            BothCaches s(*gpu, attention_config(heads, G, d), lengths, o, rows + G);
+            std::vector<float> want;
+            s.step(s.ends(1), nullptr);
+            n_served = 0;
+            const std::vector<float> got = s.step(s.ends(0), &want, true, true);
+            CHECK(n_served == 1);
+            INFO(std::string(kv_format_name(f)), " rows ", rows, " heads ", heads, " G ", G, " d ", d);
+            CHECK(relative_l2(got, want) < DECODE_BOUND);
+        }
+}
+
 TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
     const Ops *gpu = find_decode();
     if (!gpu) return;
@@ -104,7 +125,8 @@ TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
                 gpu->download(x.data(), cache.view.v_exact, x.size() * 2);
                 return x;
             };
-            const std::vector<uint8_t> zero(sealed(apart).size()), no_rows(ring(apart).size() * 2);
+            const KvView &view = apart.view;
+            const std::vector<uint8_t> zero((size_t)view.n_blocks * 2 * view.k_block_bytes), no_rows(lengths.size() * view.n_exact() * 2 * KV_BLOCK * d * 2);
             for (KvCache *cache : {&apart, &together}) {
                 gpu->upload(cache->view.k_sealed, zero.data(), zero.size());
                 gpu->upload(cache->view.v_exact, no_rows.data(), no_rows.size());
