@@ -32,13 +32,12 @@ namespace cuda {
 // ---- the kernel ---------------------------------------------------------------------------------------------
 template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(const __grid_constant__ DecodeArgs a) {
     using S = Layout<K, V, QUERIES>;
-    constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
+    constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
     using KB = typename K::Block;
     using VB = typename V::Block;
-    const KvView &kv = a.kv;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
@@ -49,24 +48,12 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
-    const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
-    int task = blockIdx.x + gridDim.x * (warp / a.team);
-    Part p(a, task, QUERIES);
-    Tables<K, V, S> tables;
-    tables.load(kv);
-    const bool one_task = teams == tasks && a.team == WARPS;
-    if (one_task && !p.there()) return;    // positions and block tables are there before the step's first kernel
-    if (a.seals) wait_for_inputs();
-    BlockRing<K, V, S> ring(a, p);
-    if (!one_task || p.coded > 0) tables.store();
-    wait_for_inputs();
+    Turns<K, V, S, QUERIES> turns(a);
+    if (!turns.start(a)) return;
+    Part &p = turns.p;
+    BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
-    auto go_on = [&] {
-        if ((task += teams) >= tasks) return;
-        p = Part(a, task, QUERIES), ring = BlockRing<K, V, S>(a, p);
-    };
-
-    for (; task < tasks; go_on()) {
+    for (; turns.task < turns.tasks; turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
@@ -105,23 +92,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                     store_shared(z_store + 2 * q * (D / 2) * 4, w[0]), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, w[1]);
                 }
                 __syncwarp();
-                uint32_t z[D / 8];
-#pragma unroll
-                for (int k = 0; k < D / 32; k++) {
-                    const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
-                    memcpy(z + 4 * k, &v, 16);
-                }
-                __syncwarp();
                 float c[4][4] = {};    // of this block, of the next; 8 tokens further
-#pragma unroll
-                for (int k = 0; k < D / 16; k++)
-#pragma unroll
-                    for (int tile = 0; tile < 4; tile++) {
-                        unsigned e[4];
-                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
-                        memcpy(e, &v, 16);
-                        mma(c[tile], e, z[2 * k], z[2 * k + 1]);
-                    }
+                multiply_E<S>(c, E, z_load, z_load_odd);
 #pragma unroll
                 for (int tile = 0; tile < 4; tile++) mean_score[2 * tile] = c[tile][0], mean_score[2 * tile + 1] = c[tile][2];
                 for (int i = 0; i < 2; i++) store_shared(kept + 512 * i, words(c[2 * i][1], c[2 * i][3], c[2 * i + 1][1], c[2 * i + 1][3]));
@@ -263,7 +235,7 @@ static Shares shares_of_many(int tasks, int blocks, int warps, int least_team) {
     for (int team = least_team; team <= warps; team++)
         for (int parts = 1; warps % team == 0 && parts <= std::clamp(MOST_TASKS / tasks, 1, MAX_PARTS); parts++) {
             const int64_t rounds = ceil_div((int64_t)tasks * parts, (int64_t)GPU_SMS * (warps / team));
-            const double time = rounds * (ceil_div(ceil_div(blocks, parts), team) + 1.5 + (parts > 1));
+            const double time = rounds * (ceil_div(ceil_div(blocks, parts), team) + 1.5 + (parts > 1 ? 1 + parts / 8.0 : 0));
             if (time < best_time) best = {parts, team}, best_time = time;
         }
     return best;

@@ -160,6 +160,26 @@ template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint
 #pragma unroll
     for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
 }
+// The four tiles of E times z: columns are rows of D/2 words, whose 64-byte halves are swapped in odd ones.  z's place is free then.
+template <class S> __device__ inline void multiply_E(float (&c)[4][4], uint32_t E, uint32_t z_load, uint32_t z_load_odd) {
+    constexpr int D = S::D;
+    uint32_t z[D / 8];
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) {
+        const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
+        memcpy(z + 4 * k, &v, 16);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++) {
+            unsigned e[4];
+            const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+            memcpy(e, &v, 16);
+            mma(c[tile], e, z[2 * k], z[2 * k + 1]);
+        }
+}
 // One copy of codeword k for every lane that reads it alone.  Loads and stores are apart, so that those of all tables wait together.
 template <int C, int WARPS> struct TableRows {
     static constexpr int EACH = (256 + WARPS - 1) / WARPS;
@@ -323,13 +343,14 @@ template <class K, class V, class S> struct BlockRing {
     int table, base;                                           // where in the block table and in the table of angles the first one is
     const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
     uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
-    int next[AHEAD] = {}, after = 0;                         // numbers in the pool, from the next values to load on; the one behind
+    int next[AHEAD], after;                                    // numbers in the pool, from the next values to load on; the one behind
 
-    __device__ BlockRing(const DecodeArgs &a, const Part &p)
-        : count(p.count), every(p.team), table(p.slot * a.kv.max_blocks + p.begin), base(p.begin * K::d + K::d / 64 * lane()),
-          k_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + 16 * lane())), v_from(opaque(a.kv.v_sealed + first(a, p) * S::SLOT_V + 16 * lane())),
-          mean_from(opaque(a.kv.k_sealed + first(a, p) * S::SLOT_K + offsetof(KB, mean) + 4 * lane())), k_bytes(a.kv.Hkv * S::SLOT_K), v_bytes(a.kv.Hkv * S::SLOT_V),
-          slots(opaque(S::slots(p.warp) + 16 * lane())), means(opaque(S::means(p.warp) + 4 * lane())) {
+    __device__ void start(const DecodeArgs &a, const Part &p) {
+        const uint8_t *const keys = a.kv.k_sealed + first(a, p) * S::SLOT_K, *const values = a.kv.v_sealed + first(a, p) * S::SLOT_V;
+        count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + p.begin, base = p.begin * K::d + K::d / 64 * lane();
+        k_from = opaque(keys + 16 * lane()), v_from = opaque(values + 16 * lane()), mean_from = opaque(keys + offsetof(KB, mean) + 4 * lane());
+        k_bytes = a.kv.Hkv * S::SLOT_K, v_bytes = a.kv.Hkv * S::SLOT_V;
+        slots = opaque(S::slots(p.warp) + 16 * lane()), means = opaque(S::means(p.warp) + 4 * lane());
         if (count == 0) return;
         const int number = entry(a, 0);
         for (int i = 0; i < AHEAD; i++) next[i] = entry(a, i + 1);
@@ -392,6 +413,34 @@ template <class K, class V, class S> struct BlockRing {
     template <int IN_FLIGHT> __device__ static void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
         __syncwarp();
+    }
+};
+
+// The tasks of a team, one after the other.
+template <class K, class V, class S, int Q> struct Turns {
+    const int tasks, teams;
+    int task;
+    Part p;
+    BlockRing<K, V, S> ring;
+    __device__ Turns(const DecodeArgs &a)
+        : tasks(a.b.N * a.kv.Hkv * a.chunks * a.reach), teams(gridDim.x * (S::WARPS / a.team)), task(blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team)), p(a, task, Q) {}
+    // Tables and first blocks; false: there is nothing to do for this thread block.  Positions and block tables are there before the
+    // step's first kernel, so are blocks that the step does not seal.
+    __device__ bool start(const DecodeArgs &a) {
+        Tables<K, V, S> tables;
+        tables.load(a.kv);
+        const bool one_task = teams == tasks && a.team == S::WARPS;
+        if (one_task && !p.there()) return false;
+        if (a.seals) wait_for_inputs();
+        ring.start(a, p);
+        if (!one_task || p.coded > 0) tables.store();
+        wait_for_inputs();
+        return true;
+    }
+    __device__ void go_on(const DecodeArgs &a) {
+        if ((task += teams) >= tasks) return;
+        p = Part(a, task, Q);
+        ring.start(a, p);
     }
 };
 

@@ -54,11 +54,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     using S = Layout<K, V, 1>;
     using KB = typename K::Block;
     using VB = typename V::Block;
-    constexpr int D = K::d, PAIRS = D / 64, C = D / 32, WARPS = S::WARPS;    // PAIRS: RoPE pairs of a lane
+    constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
-    const KvView &kv = a.kv;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
     const uint32_t z_at = S::warp_at(warp);    // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g % 4 * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
@@ -70,24 +69,12 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
 
-    const int tasks = a.b.N * kv.Hkv * a.chunks * a.reach, teams = gridDim.x * (WARPS / a.team);
-    int task = blockIdx.x + gridDim.x * (warp / a.team);
-    Part p(a, task, 1);
-    Tables<K, V, S> tables;
-    tables.load(kv);
-    const bool one_task = teams == tasks && a.team == WARPS;
-    if (one_task && !p.there()) return;    // positions and block tables are there before the step's first kernel
-    if (a.seals) wait_for_inputs();
-    BlockRing<K, V, S> ring(a, p);
-    if (!one_task || p.coded > 0) tables.store();
-    wait_for_inputs();
+    Turns<K, V, S, 1> turns(a);
+    if (!turns.start(a)) return;
+    Part &p = turns.p;
+    BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
-    auto go_on = [&] {
-        if ((task += teams) >= tasks) return;
-        p = Part(a, task, 1), ring = BlockRing<K, V, S>(a, p);
-    };
-
-    for (; task < tasks; go_on()) {
+    for (; turns.task < turns.tasks; turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
@@ -123,23 +110,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 }
                 if (j + 4 < p.count) ring.load_base(a, base, j + 4);
                 __syncwarp();
-                uint32_t z[D / 8];
-#pragma unroll
-                for (int k = 0; k < D / 32; k++) {
-                    const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
-                    memcpy(z + 4 * k, &v, 16);
-                }
-                __syncwarp();
                 float c[4][4] = {};
-#pragma unroll
-                for (int k = 0; k < D / 16; k++)
-#pragma unroll
-                    for (int tile = 0; tile < 4; tile++) {
-                        unsigned e[4];
-                        const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
-                        memcpy(e, &v, 16);
-                        mma(c[tile], e, z[2 * k], z[2 * k + 1]);
-                    }
+                multiply_E<S>(c, E, z_load, z_load_odd);
 #pragma unroll
                 for (int tile = 0; tile < 4; tile++)    // of blocks 2 t and 2 t + 1
                     for (int i = 0; i < 2; i++)
