@@ -11,7 +11,7 @@ constexpr int MAX_PARTS = 128;     // of a row and kv head
 constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
 constexpr int BLOCKS_EACH = 8;     // sealed blocks, at least, of a part of few rows
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
-constexpr int CODE_WARPS = 12;     // of a thread block of decode_codes.cu, if they fit
+constexpr int CODE_WARPS = 12;     // of a thread block over codes, if they fit
 constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
 constexpr int MOST_COUNTED = 1 << 16;    // rows times query heads, if there is more than one part
 

@@ -1,0 +1,262 @@
+// decode_shared.cuh - shared memory of the kernels over codes: what lies where, addresses, fields of a block, products of codewords,
+// codebook tables.  decode_codes.cu has the drawing.
+#pragma once
+#include "attention_decode.cuh"
+
+namespace cuda {
+
+constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
+
+template <class Format> constexpr int stride = (sizeof(typename Format::Block) + 15) / 16 * 16;    // kv_block_stride
+
+// Q: query heads of a kv head, at most.
+template <class K, class V, int Q> struct Layout {
+    static constexpr int D = K::d;
+    static constexpr bool ALIKE = std::is_same_v<K, V>;
+    static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
+    // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
+    static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
+    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 ? WEIGHTS + 128 : D == 128 ? 2048 : 1536;
+    static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
+    static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
+    static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BESIDE_SLOTS = Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN);
+    static constexpr int WARP = (2 * SLOT + BESIDE_SLOTS + 127) / 128 * 128, BELOW = ((int)TABLE - BELOW_AT) / WARP, FIT = BELOW + (int)(END - ABOVE) / WARP;
+    static constexpr int WARPS = FIT < CODE_WARPS ? FIT : CODE_WARPS, BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
+    static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
+    static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
+    // A warp's: z, at a multiple of 128, blocks, and what has no place beside the codebook.
+    __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
+    __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
+    // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
+    static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
+    __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
+    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : slots(w) + 2 * SLOT; }
+    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : slots(w) + 2 * SLOT + (ALIKE ? 0 : FACTORS); }
+};
+
+// ---- shared memory by address -------------------------------------------------------------------------------
+__device__ inline uint8_t *at_address(uint32_t at) {
+    extern __shared__ __align__(1024) uint8_t shared[];    // starts there
+    return shared + (at - START);
+}
+// The other one of two 64-byte halves; computed where it is used, for want of registers.
+__device__ inline uint32_t other_half(uint32_t x) {
+    asm volatile("xor.b32 %0, %0, 64;" : "+r"(x));
+    return x;
+}
+// A number the compiler knows nothing about: constants added to it become part of the load instead of instructions.
+__device__ inline uint32_t opaque(uint32_t x) {
+    asm volatile("mov.u32 %0, %0;" : "+r"(x));
+    return x;
+}
+template <class T> __device__ inline T *opaque(T *p) {    // in global memory
+    size_t x = __cvta_generic_to_global(p);
+    asm volatile("mov.u64 %0, %0;" : "+l"(x));
+    return (T *)__cvta_global_to_generic(x);
+}
+__device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
+    uint32_t v;
+    asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+__device__ inline uint2 load_codeword2(uint32_t at) {
+    uint2 v;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+template <class T> __device__ inline T load_shared(uint32_t at) {
+    T x;
+    if constexpr (sizeof(T) <= 2) {
+        uint16_t v;
+        if constexpr (sizeof(T) == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+        else asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else if constexpr (sizeof(T) == 4) {
+        uint32_t v;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else if constexpr (sizeof(T) == 8) {
+        uint2 v;
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    } else {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+        memcpy(&x, &v, sizeof x);
+    }
+    return x;
+}
+__device__ inline void store_shared(uint32_t at, uint32_t x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x) : "memory"); }
+template <int N> struct Words { uint32_t x[N]; };
+template <int N> __device__ inline void store_shared(uint32_t at, const Words<N> &w) {
+    if constexpr (N == 1) store_shared(at, w.x[0]);
+    if constexpr (N == 2) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]) : "memory");
+    if constexpr (N == 4) asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(w.x[0]), "r"(w.x[1]), "r"(w.x[2]), "r"(w.x[3]) : "memory");
+}
+__device__ inline Words<4> words(float a, float b, float c, float d) { return {{__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)}}; }
+// Predicated: a branch for each of a block's copies costs more than they.  Blocks are read once: they leave L2 first.
+constexpr uint64_t READ_ONCE = 0x12F0000000000000;    // what createpolicy.fractional.L2::evict_first says for all of the bytes
+__device__ inline void copy_async16(uint32_t to, const uint8_t *from, bool wanted) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %3;\n}" ::"r"(to), "l"(from), "r"((int)wanted), "l"(READ_ONCE) : "memory");
+}
+__device__ inline void copy_async4(uint32_t to, const uint8_t *from, bool wanted) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %2, 0;\n @p cp.async.ca.shared.global [%0], [%1], 4;\n}" ::"r"(to), "l"(from), "r"((int)wanted) : "memory");
+}
+
+// ---- fields of a block --------------------------------------------------------------------------------------
+// BYTES neighbouring bytes as words; at a multiple of BYTES.
+template <int BYTES> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ? 1 : BYTES / 4], uint32_t at) {
+    if constexpr (BYTES == 1) w[0] = load_shared<uint8_t>(at);
+    else if constexpr (BYTES == 2) w[0] = load_shared<uint16_t>(at);
+    else if constexpr (BYTES == 4) w[0] = load_shared<uint32_t>(at);
+    else if constexpr (BYTES == 8) {
+        const uint2 v = load_shared<uint2>(at);
+        w[0] = v.x, w[1] = v.y;
+    } else {
+        const uint4 v = load_shared<uint4>(at);
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    }
+}
+// Words of 4 channels: the codewords that the bytes name, signs applied.  lane_table: TABLE, the side's half, the lane's copy.
+template <int C, bool SIGN, int BYTES>
+__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t lane_table) {
+    auto at = [&](int i) { return __byte_perm(lane_table, code[i / 4], 0x3200 | (4 + i % 4) << 4); };
+    if constexpr (C == 8) {
+#pragma unroll
+        for (int i = 0; i < BYTES; i++) {
+            const uint2 v = load_codeword2(at(i));
+            x[2 * i] = v.x, x[2 * i + 1] = v.y;
+            if constexpr (SIGN) {    // bit to byte 0 or 255: -(x + 1/2) = ~x + 1/2
+                const uint32_t s = sign[i / 4] >> i % 4 * 8;
+                x[2 * i] ^= ((s & 15) * 0x00204081 & 0x01010101) * 255;
+                x[2 * i + 1] ^= ((s >> 4 & 15) * 0x00204081 & 0x01010101) * 255;
+            }
+        }
+    } else if constexpr (C == 4) {
+#pragma unroll
+        for (int i = 0; i < BYTES; i++) x[i] = load_codeword(at(i));
+    } else {
+#pragma unroll
+        for (int i = 0; i < BYTES; i += 2) x[i / 2] = __byte_perm(load_codeword(at(i)), load_codeword(at(i + 1)), 0x7610);
+    }
+}
+// Products of 16 tokens' codewords and the query's bytes: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
+// `codes` is where those of token g begin, the first field of a block.
+template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint32_t codes, int tile, const uint32_t (&bq)[N], uint32_t table) {
+    constexpr int D = K::d, ROW = D / K::channels, BYTES = ROW / 4, WORDS = BYTES < 4 ? 1 : BYTES / 4;
+    uint32_t x[2][N];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t code[WORDS], sign[WORDS];
+        const uint32_t at = codes + (16 * tile + 8 * half) * ROW;
+        load_bytes<BYTES>(code, at);
+        if constexpr (K::has_sign) load_bytes<BYTES>(sign, at + KV_BLOCK * ROW);
+        look_up<K::channels, K::has_sign, BYTES>(x[half], code, sign, table);
+    }
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+}
+// The four tiles of E times z: columns are rows of D/2 words, whose 64-byte halves are swapped in odd ones.  z's place is free then.
+template <class S> __device__ inline void multiply_E(float (&c)[4][4], uint32_t E, uint32_t z_load, uint32_t z_load_odd) {
+    constexpr int D = S::D;
+    uint32_t z[D / 8];
+#pragma unroll
+    for (int k = 0; k < D / 32; k++) {
+        const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
+        memcpy(z + 4 * k, &v, 16);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++) {
+            unsigned e[4];
+            const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+            memcpy(e, &v, 16);
+            mma(c[tile], e, z[2 * k], z[2 * k + 1]);
+        }
+}
+// One copy of codeword k for every lane that reads it alone.  Loads and stores are apart, so that those of all tables wait together.
+template <int C, int WARPS> struct TableRows {
+    static constexpr int EACH = (256 + WARPS - 1) / WARPS;
+    uint32_t v[EACH];
+    __device__ void load(const int8_t *codebook) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int k = min((int)threadIdx.x / 32 + i * WARPS, 255);
+            if constexpr (C == 2) v[i] = *(const uint16_t *)(codebook + 2 * k) * 0x10001u;
+            else v[i] = *(const uint32_t *)(codebook + k * C + (C == 8 ? threadIdx.x % 2 * 4 : 0));
+        }
+    }
+    __device__ void store(uint32_t table) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int k = threadIdx.x / 32 + i * WARPS;
+            if (k < 256) store_shared(table + k * 256 + threadIdx.x % 32 * 4, v[i]);
+        }
+    }
+};
+// Cosines and sines of tokens 0 .. 63 as fragments of an A operand: fragment k of tile i has pairs 16 (k / 2) + 4 t + 2 (k % 2) ..
+template <class S> struct AngleRows {
+    static constexpr int D = S::D, FRAGMENTS = 4 * (D / 16), EACH = (FRAGMENTS + S::WARPS - 1) / S::WARPS;
+    float2 x[EACH][2][2];    // rows lane / 4 and 8 further; cosines, sines of two pairs
+    __device__ static int fragment(int i) { return min((int)threadIdx.x / 32 + i * S::WARPS, FRAGMENTS - 1); }
+    __device__ void load(const float *rope_step) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
+            for (int row = 0; row < 2; row++)
+                for (int part = 0; part < 2; part++) x[i][row][part] = *(const float2 *)(rope_step + (16 * tile + lane / 4 + 8 * row) * D + part * (D / 2) + pair);
+        }
+    }
+    __device__ void store() const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            store_shared(S::E(threadIdx.x % 32) + fragment(i) * S::FRAGMENT, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
+    }
+};
+template <class K, class V, class S> struct Tables {
+    TableRows<K::channels, S::WARPS> k;
+    TableRows<V::channels, S::WARPS> v;
+    AngleRows<S> angles;
+    __device__ void load(const KvView &kv) {
+        k.load(kv.k_codebook);
+        if (!S::ALIKE) v.load(kv.v_codebook);
+        angles.load(kv.rope.step);
+    }
+    __device__ void store() const {
+        k.store(TABLE);
+        if (!S::ALIKE) v.store(TABLE + 128);
+        angles.store();
+        __syncthreads();
+    }
+};
+// Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.
+__device__ inline float2 scales_at(uint32_t at, int lane, const ScaleF16 *) { return unpack(load_shared<uint32_t>(at + 4 * lane)); }
+__device__ inline float2 scales_at(uint32_t at, int lane, const ScaleLog8 *) {
+    const uint32_t u = load_shared<uint16_t>(at + 2 * lane), a = u & 255, b = u >> 8;
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(ScaleLog8, step)));    // step, min
+    const float below = grid.y - grid.x;
+    return make_float2(a ? exp2_fast(fmaf(grid.x, (float)a, below)) : 0.0f, b ? exp2_fast(fmaf(grid.x, (float)b, below)) : 0.0f);
+}
+__device__ inline float2 first_norms_at(uint32_t at, int lane) {
+    const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(FirstNorm, step)));
+    const uint32_t u = load_shared<uint8_t>(at + lane);
+    return make_float2(fmaf(grid.x, (float)(u & 15), grid.y), fmaf(grid.x, (float)(u >> 4), grid.y));
+}
+// Channels c .. c + N-1 of the mean at `at`; c a multiple of N.
+template <int D, int N> __device__ inline Floats<N> mean_at(uint32_t at, int c) {
+    uint32_t u;
+    if constexpr (N == 4) u = load_shared<uint16_t>(at + c / 2);
+    else u = load_shared<uint8_t>(at + c / 2) >> (N == 1 ? c % 2 * 4 : 0);
+    const uint32_t grid = at + offsetof(Mean<D>, step) + c / 32 * 2;
+    const float step = to_f32(load_shared<f16>(grid)), min = to_f32(load_shared<f16>(grid + offsetof(Mean<D>, min) - offsetof(Mean<D>, step)));
+    Floats<N> x;
+#pragma unroll
+    for (int i = 0; i < N; i++) x.x[i] = fmaf(step, (float)(u >> 4 * i & 15), min);
+    return x;
+}
+}    // namespace cuda
