@@ -58,6 +58,14 @@ struct Bench {
         wait();
         return seconds_since(start);
     }
+    // The same, not measured: the others get what the first has.
+    void fill(int end) {
+        const int all = slots;
+        slots = 1;
+        prefill(end);
+        slots = all;
+        if (slots > 1) kv_cache_repeat(cache, end);
+    }
     double decode(int steps) {
         const auto start = std::chrono::steady_clock::now();
         for (int i = 0; i < steps; i++, len++) {
@@ -87,7 +95,7 @@ static void bench_cache(const Model &m, const Ops &ops, const Options &o, const 
     const int P = o.bench_prompt, T = o.bench_tokens, B = plan.slots;
     Bench b(m, ops, plan);
     // Not measured: the first touch of weights and buffers, and what a device loads or records when it first sees a step.
-    b.prefill(strcmp(ops.name, cpu_ops.name) == 0 ? std::min(P, 16) : P);
+    b.fill(strcmp(ops.name, cpu_ops.name) == 0 ? std::min(P, 16) : P);
     b.decode(std::min(T, 4));
     b.clear();
     for (const int depth : depths) {
@@ -96,10 +104,10 @@ static void bench_cache(const Model &m, const Ops &ops, const Options &o, const 
             b.clear();
             r.prefill_tok_s = (double)B * P / b.prefill(P);
             b.clear();
-            b.prefill(depth);
+            b.fill(depth);
         } else {
             if (b.len > depth - P) b.clear();
-            b.prefill(depth - P);
+            b.fill(depth - P);
             r.prefill_tok_s = (double)B * P / b.prefill(depth);
         }
         r.decode_s = b.decode(T) / T;
@@ -111,6 +119,22 @@ static void bench_cache(const Model &m, const Ops &ops, const Options &o, const 
         r.taken = memory_taken(ops) - memory_before;
         visit(r);
     }
+}
+
+static MemoryPlan bench_plan(const Options &o, const KvOptions &kv, int B, int depth, int most_rows) {
+    const int context = std::max(depth, o.bench_prompt) + o.bench_tokens;
+    return {kv, B, context, std::max(B, std::min(most_rows, context)), B};
+}
+
+int largest_batch(const Model &m, const Ops &ops, const Options &o, const KvOptions &kv, int depth) {
+    const int64_t available = ops.available(), room = available - available / 50;    // memory comes in pieces
+    if (available < 0) fail("-b max: nobody says how much memory there is (%s)", ops.name);
+    int fits = 0, too_many = MOST_BATCH + 1;
+    while (too_many - fits > 1) {
+        const int B = fits + (too_many - fits) / 2;
+        (memory_need(m, ops, bench_plan(o, kv, B, depth, BENCH_ROWS)).total() <= room ? fits : too_many) = B;
+    }
+    return fits;
 }
 
 void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_before) {
@@ -147,28 +171,28 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
         fflush(stdout);
     };
 
-    for (const KvOptions &kv : o.kvs)
-        for (const int B : o.batches) {
-            auto plan_for = [&](int depth, int most_rows) {
-                const int context = std::max(depth, P) + T;
-                return MemoryPlan{kv, B, context, std::max(B, std::min(most_rows, context)), B};
-            };
-            std::vector<int> fitting;
-            for (const int depth : depths) {
-                const MemoryPlan plan = plan_for(depth, BENCH_ROWS);
-                const std::string line = memory_problem(m, ops, plan);
-                if (line.empty()) fitting.push_back(depth);
-                else {
-                    fprintf(stderr, "left out: depth %d: %s\n", depth, line.c_str());
-                    too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()},
-                                         {"available_bytes", ops.available()}});
-                }
+    auto measure = [&](const KvOptions &kv, int B, const std::vector<int> &depths) {
+        std::vector<int> fitting;
+        for (const int depth : depths) {
+            const MemoryPlan plan = bench_plan(o, kv, B, depth, BENCH_ROWS);
+            const std::string line = memory_problem(m, ops, plan);
+            if (line.empty()) fitting.push_back(depth);
+            else {
+                fprintf(stderr, "left out: depth %d: %s\n", depth, line.c_str());
+                too_large.push_back({{"depth", depth}, {"b", B}, {"kv", kv_pair_name(kv)}, {"needed_bytes", memory_need(m, ops, plan).total()},
+                                     {"available_bytes", ops.available()}});
             }
-            if (fitting.empty()) continue;
-            MemoryPlan plan = plan_for(fitting.back(), strcmp(ops.name, cpu_ops.name) == 0 ? BENCH_ROWS : DEVICE_ROWS);
-            if (!memory_problem(m, ops, plan).empty()) plan = plan_for(fitting.back(), BENCH_ROWS);
-            bench_cache(m, ops, o, plan, fitting, memory_before, print_row);
         }
+        if (fitting.empty()) return;
+        MemoryPlan plan = bench_plan(o, kv, B, fitting.back(), strcmp(ops.name, cpu_ops.name) == 0 ? BENCH_ROWS : DEVICE_ROWS);
+        if (!memory_problem(m, ops, plan).empty()) plan = bench_plan(o, kv, B, fitting.back(), BENCH_ROWS);
+        bench_cache(m, ops, o, plan, fitting, memory_before, print_row);
+    };
+    for (const KvOptions &kv : o.kvs)
+        for (const int B : o.batches)
+            if (B != LARGEST_BATCH) measure(kv, B, depths);
+            else
+                for (const int depth : depths) measure(kv, std::max(1, largest_batch(m, ops, o, kv, depth)), {depth});
     if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
         OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},

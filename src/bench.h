@@ -14,5 +14,10 @@
 //   memory    announced (weights unless mapped, cache, activations) and taken, since memory_before was read
 //             (memory_taken in report.h)
 //
+// A number of sequences may be LARGEST_BATCH: at each depth as many as fit.  What is not measured is prefilled once and copied
+// to the other sequences, which have the same tokens.
 // Depths that do not fit in memory are left out with one line on stderr each; fails when none fits.
 void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_before);
+
+// The most sequences of that depth whose memory fits, with 2% to spare; 0 if none does.
+int largest_batch(const Model &m, const Ops &ops, const Options &o, const KvOptions &kv, int depth);

@@ -130,3 +130,45 @@ void kv_cache_clear(KvCache &cache, int slot) {
         cache.free_blocks.push_back(cache.table[(size_t)slot * cache.view.max_blocks + cache.view.sink + i - 1]);
     cache.owned[slot] = 0;
 }
+
+void kv_cache_repeat(KvCache &cache, int len) {
+    const KvView &v = cache.view;
+    for (int s = 1; s < v.B; s++) kv_cache_clear(cache, s), kv_cache_reserve(cache, s, len);
+    std::vector<uint8_t> host;
+    // n bytes at offset `from` of p to what offset(s) says of every other slot
+    auto repeat = [&](void *p, int64_t from, int64_t n, auto offset) {
+        host.resize(n);
+        cache.ops->download(host.data(), (uint8_t *)p + from, n);
+        for (int s = 1; s < v.B; s++) cache.ops->upload((uint8_t *)p + offset(s), host.data(), n);
+    };
+    const int *const table = cache.table.data();
+    auto number = [&](int s, int i) { return table[(size_t)s * v.max_blocks + v.sink + i]; };
+    auto repeat_blocks = [&](void *p, int layers, int64_t block_bytes) {
+        for (int layer = 0; p && layer < layers; layer++)
+            for (int i = 0, n; i < cache.owned[0]; i += n) {
+                // neighbours in every slot go together
+                for (n = 1; i + n < cache.owned[0]; n++) {
+                    bool next = true;
+                    for (int s = 0; s < v.B; s++) next = next && number(s, i + n) == number(s, i) + n;
+                    if (!next) break;
+                }
+                auto at = [&](int s) { return ((int64_t)layer * v.n_blocks + number(s, i)) * v.Hkv * block_bytes; };
+                repeat(p, at(0), n * v.Hkv * block_bytes, at);
+            }
+    };
+    auto repeat_slots = [&](void *p, int64_t slot_bytes) {
+        for (int layer = 0; p && layer < v.L; layer++) {
+            auto at = [&](int s) { return ((int64_t)layer * v.B + s) * slot_bytes; };
+            repeat(p, at(0), slot_bytes, at);
+        }
+    };
+    repeat_blocks(v.k_sealed, v.L, v.k_block_bytes), repeat_blocks(v.v_sealed, v.L, v.v_block_bytes);
+    const int64_t exact = (int64_t)v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16);
+    repeat_slots(v.k_exact, exact), repeat_slots(v.v_exact, exact);
+    for (bool key : {true, false}) {
+        void *const beside = key ? v.k_beside : v.v_beside;
+        const int64_t bytes = key ? v.k_beside_bytes : v.v_beside_bytes;
+        if ((key ? v.k_format : v.v_format) == KvFormat::deco4) repeat_slots(beside, bytes);
+        else repeat_blocks(beside, code_layers(key ? v.k_share : v.v_share, v.L), bytes);
+    }
+}

@@ -49,7 +49,7 @@ static const char usage[] =
     "          --by-position    figures by position in the window\n"
     "          --decode         one token at a time, held against coded prefill\n"
     "          --needle         find a name inside sealed blocks: --windows N trials (default 20), -s seed\n"
-    "--bench   -d 0,4096        depths: tokens in the cache when decoding starts      -b 1,8   sequences at once\n"
+    "--bench   -d 0,4096        depths: tokens in the cache when decoding starts      -b 1,8   sequences at once; max: as fit\n"
     "          --kv f16,nsn2b   formats to compare\n"
     "          --prompt-tokens N   prefill length (default 512)         -n N   tokens to decode (default 64)\n"
     "          --shape S        no MODEL.bin: random weights of %s   --dtype f32|f16|bf16|q8|q4 (default bf16)\n"
@@ -191,7 +191,11 @@ static Options parse(int argc, char **argv) {
         else if (a == "--by-position") o.by_position = true;
         else if (a == "--decode") o.decode = true;
         else if (a == "--needle") o.needle = true;
-        else if (a == "-b") o.batches = integers(a, value(a), 1, 1 << 16), o.batch = o.batches[0], batch_option = true;
+        else if (a == "-b") {
+            const std::string text = value(a);
+            o.batches = text == "max" ? std::vector<int>{LARGEST_BATCH} : integers(a, text, 1, MOST_BATCH);
+            o.batch = o.batches[0], batch_option = true;
+        }
         else if (a == "--batch") o.batches = {o.batch = integer(a, value(a), 1, 1 << 16)}, o.prompt_lines = true;
         else if (a == "--stride") o.stride = integer(a, value(a), 1);
         else if (a == "--no-bos") o.ppl_bos = false;
@@ -215,6 +219,7 @@ static Options parse(int argc, char **argv) {
     if (o.model.empty()) refuse("no model given: run MODEL.bin -p \"Once upon a time\" (run --help)");
     if (o.bench + !o.ppl_file.empty() + o.has_prompt > 1) refuse("only one of a prompt, --ppl and --bench can be given");
     if (!o.bench && o.ppl_file.empty() && !o.has_prompt) refuse("nothing to do: give -p TEXT, -f FILE, --ppl FILE or --bench (run --help)");
+    if (!o.bench && o.batches[0] == LARGEST_BATCH) refuse("-b max: only for --bench");
     if (!o.bench && (formats.size() > 1 || o.batches.size() > 1)) refuse("%s: a list is for --bench", formats.size() > 1 ? "--kv" : "-b");
     if (formats.size() > 1 && one_side) refuse("-ctk, -ctv: --kv names %zu formats for both", formats.size());
     if (o.has_prompt && batch_option) refuse("-b: for --ppl and --bench; --batch N takes a prompt a line, N at once");

@@ -9,6 +9,8 @@
 struct Ablation { const char *name; unsigned flag; };
 constexpr Ablation ABLATIONS[] = {{"first-norm", NO_FIRST_NORM}, {"shift", NO_SHIFT}, {"hadamard", NO_HADAMARD}, {"pre-rope", NO_PRE_ROPE}, {"scale", NO_SCALE}};
 
+constexpr int LARGEST_BATCH = 0, MOST_BATCH = 1 << 16;
+
 struct Options {
     std::string model;               // a file, or the name of a shape when shape is set
     std::string shape;               // --shape: random weights instead of a file, for --bench
@@ -40,7 +42,7 @@ struct Options {
     bool by_position = false, decode = false, needle = false;
     bool bench = false;
     std::vector<int> depths = {0};   // --bench -d
-    std::vector<int> batches = {1};  // --bench -b
+    std::vector<int> batches = {1};  // --bench -b; LARGEST_BATCH: max
     std::vector<KvOptions> kvs;      // --bench --kv; every other mode takes kv
     int bench_prompt = 512, bench_tokens = 64;    // --bench -p, -n
 };

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 #include <omp.h>
 #include "cases.h"
+#include "forward.h"
 
 namespace reference {
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
@@ -182,4 +183,38 @@ TEST_CASE("the cache hands out blocks, takes them back, and counts its bytes") {
     CHECK(cache.free_blocks.size() == all - 2);
     CHECK_THROWS_WITH_AS(kv_cache_reserve(cache, 0, 301), "KV cache: 301 tokens in slot 0, room for 300 (-c)", Error);
     CHECK_THROWS_AS(kv_cache_open(cache, cpu_ops, c, {KvFormat::f16, KvFormat::f16, 63, 0}, 1, 64), Error);
+}
+
+TEST_CASE("a repeated cache is what the same tokens leave in every slot") {
+    const Model m = model_open("tests/models/books-5m.bin");
+    const int slots = 3, T = 200, rows_each = 70;
+    for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b, KvFormat::deco4, KvFormat::xquant}) {
+        INFO(std::string(kv_format_name(f)));
+        KvOptions o;
+        o.k_format = o.v_format = f, o.sink = KV_BLOCK;
+        std::vector<std::vector<float>> logits;
+        for (bool repeat : {false, true}) {
+            KvCache cache;
+            kv_cache_open(cache, cpu_ops, m.config, o, slots, T + 1);
+            Activations a;
+            activations_open(a, cpu_ops, m.config, rows_each, slots);
+            Rows rows;
+            for (int s = 0; s < (repeat ? 1 : slots); s++)
+                for (int p = 0; p < T;) {
+                    const int end = std::min(T, p + rows_each);
+                    kv_cache_reserve(cache, s, end);
+                    for (; p < end; p++) rows.add((p * 37 + 5) % m.config.vocab, s, p, p == T - 1);
+                    forward(m, cache.view, a, rows.batch(), cpu_ops);
+                    rows.clear();
+                }
+            if (repeat) {
+                kv_cache_reserve(cache, 2, 130);    // its blocks are taken back
+                kv_cache_repeat(cache, T);
+            }
+            for (int s = 0; s < slots; s++) kv_cache_reserve(cache, s, T + 1), rows.add(9, s, T, true);
+            forward(m, cache.view, a, rows.batch(), cpu_ops);
+            logits.emplace_back(a.logits, a.logits + (size_t)slots * m.config.vocab);
+        }
+        CHECK(same_bits(logits[0].data(), logits[1].data(), logits[0].size()));
+    }
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <doctest/doctest.h>
+#include "bench.h"
 #include "cases.h"
 #include "random_weights.h"
 #include "report.h"
@@ -181,4 +182,25 @@ TEST_CASE("shapes by name") {
     int64_t parameters = 0;
     for (const TensorSpec &s : config_tensors(c)) parameters += s.shape[0] * (s.shape.size() > 1 ? s.shape[1] : 1);
     CHECK(parameters == 8030261248);    // as Meta counts them
+}
+
+TEST_CASE("--bench -b max: so many sequences fit, one more does not") {
+    const Ops ops = small_device();
+    const Model m = model_of(attention_config(2, 4, 128, 4));
+    Options o;
+    o.bench_prompt = 64, o.bench_tokens = 8;
+    KvOptions f16, nsn2b;
+    nsn2b.k_format = nsn2b.v_format = KvFormat::nsn2b;
+    can_give = (int64_t)1 << 30;
+    int few = 0;
+    for (const KvOptions &kv : {f16, nsn2b}) {
+        const int most = largest_batch(m, ops, o, kv, 4000);
+        auto need = [&](int B) { return memory_need(m, ops, {kv, B, 4008, std::max(B, 512), B}).total(); };
+        CHECK(need(most) <= can_give - can_give / 50);
+        CHECK(need(most + 1) > can_give - can_give / 50);
+        if (few) CHECK(most > 4 * few);
+        few = most;
+    }
+    can_give = 1 << 20;
+    CHECK(largest_batch(m, ops, o, f16, 4000) == 0);
 }
