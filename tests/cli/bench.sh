@@ -26,7 +26,7 @@ grep -q "^left out: depth 200000000: memory: " "$work/err" && grep -q '"rows":\[
 tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$work/err")"
 
 refuses 2 "max: only for --bench" "$run" $model -p x -b max
-refuses 2 "'most': expected a whole number" "$run" $model --bench -b most
+refuses 2 "'most': expected a number from 1 to 65536" "$run" $model --bench -b most
 refuses 2 "a list is for --bench" "$run" $model -p x --kv f16,nsn2b
 refuses 2 "a list is for --bench" "$run" $model --ppl x -b 1,2
 refuses 2 "names 2 formats for both" "$run" $model --bench --kv f16,nsn2b -ctk nsn1
