@@ -4,13 +4,14 @@
    Kernels   f16     both sides fp16: this page
              codes   both sides NSN: decode_codes.cu, and decode_codes_mha.cu for heads with one query
              One launch a layer: who needs a query turns and scales it (load_query), who needs the row's own key and value rounds
-             them and puts them into the ring (own_row).  What earlier steps wrote is asked for before the kernel before is done.
+             them and puts them into the ring (own_row).  The first sealed blocks are asked for before the kernel before is done.
    Work      The cache of a row and kv head is divided into parts; a part is a thread block's, and a team's of its warps in
              decode_codes (codes_shares).  A part leaves a triple (m, l, o), the last to arrive merges them in order.
              f16: units are 8 tokens; 8 warps take turns.  The keys of a warp's next tokens are on their way while it adds up the
              values of these.
              Tried: a kernel of its own that turns and rounds queries (16.1 us for 13.8: 32 heads, 4,096 tokens); wo prefetched to L2 beside
-             it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179.
+             it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179; the first fp16 rows
+             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7).
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
              because so many fill the GPU with longer parts.  Steps with more rows a slot add up in other orders.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.
@@ -22,10 +23,6 @@ namespace cuda {
 
 // ---- f16 ----------------------------------------------------------------------------------------------------
 constexpr int F16_WARPS = 8, F16_TEAMS = 2 * GPU_SMS;    // thread blocks at work at once
-// By a warp, to L1.
-__device__ static void prefetch(const void *from, int bytes) {
-    for (int at = threadIdx.x % 32 * 128; at < bytes; at += 32 * 128) asm volatile("prefetch.global.L1 [%0];" ::"l"((const uint8_t *)from + at));
-}
 template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) decode_f16_kernel(DecodeArgs a) {
     constexpr int PAIRS = D / 64;
     __shared__ WarpResult<D, Q> results[F16_WARPS];
@@ -41,15 +38,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
-        if (!waited) {    // positions, block tables and what earlier steps kept are there before the step's first kernel
-            const int g = begin + warp, i = g / GROUPS, t0 = g % GROUPS * GROUP;
-            if (g < end) {
-                if (i >= coded_end || i < kv.sink) prefetch(kv.k_exact + kv.exact_at(a.layer, slot, h, i) + t0 * D, GROUP * D * 2), prefetch(kv.v_exact + kv.exact_at(a.layer, slot, h, i) + t0 * D, GROUP * D * 2);
-                prefetch(kv.rope.step + t0 * D, GROUP * D * 4), prefetch(kv.rope.base + (int64_t)i * D, D * 4);
-            }
-            wait_for_inputs();
-            waited = true;
-        }
+        if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
         const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
         ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int i) -> const f16 * {

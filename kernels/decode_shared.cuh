@@ -7,7 +7,7 @@ namespace cuda {
 
 constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
 
-template <class Format> constexpr int stride = (sizeof(typename Format::Block) + 15) / 16 * 16;    // kv_block_stride
+template <class Format> constexpr int stride = (int)kv_aligned(sizeof(typename Format::Block));    // kv_block_stride
 
 // Q: query heads of a kv head, at most.
 template <class K, class V, int Q> struct Layout {

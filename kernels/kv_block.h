@@ -272,6 +272,7 @@ const char *kv_format_name(KvFormat f);
 KvFormat kv_format_from_name(const std::string &name);        // refuses an unknown name and lists the known ones
 int64_t kv_block_bytes(KvFormat f, int d);                     // sizeof(Block)
 int64_t kv_block_stride(KvFormat f, int d);                    // from one block to the next in the pool; zeros are between them
+constexpr int64_t kv_aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }    // of codes: a kernel copies 16 bytes at a time
 const int8_t *kv_codebook(KvFormat f);                         // on the host, KV_CODEBOOK_BYTES; null if it has none
 float kv_scale_exponent(KvFormat f, bool key);                 // what its seal uses, see kv_write.cu
 constexpr int64_t KV_CODEBOOK_BYTES = 256 * 8;                 // of the largest

@@ -38,9 +38,8 @@ KvFormat kv_format_from_name(const std::string &name) {
 int64_t kv_block_bytes(KvFormat f, int d) {
     return with_format(f, d, [](auto format) { return (int64_t)sizeof(typename decltype(format)::Block); });
 }
+int64_t kv_block_stride(KvFormat f, int d) { return kv_is_scalar(f) ? kv_block_bytes(f, d) : kv_aligned(kv_block_bytes(f, d)); }
 
-// A kernel copies a block of codes 16 bytes at a time.
-int64_t kv_block_stride(KvFormat f, int d) { return kv_is_scalar(f) ? kv_block_bytes(f, d) : ceil_div(kv_block_bytes(f, d), 16) * 16; }
 const int8_t *kv_codebook(KvFormat f) {
     switch (f) {
     case KvFormat::nsn1: return NSN1_INDEX[0];

@@ -64,7 +64,7 @@ struct Bench {
         slots = 1;
         prefill(end);
         slots = all;
-        if (slots > 1) kv_cache_repeat(cache, end);
+        kv_cache_repeat(cache, end);
     }
     double decode(int steps) {
         const auto start = std::chrono::steady_clock::now();

@@ -133,13 +133,13 @@ void kv_cache_clear(KvCache &cache, int slot) {
 
 void kv_cache_repeat(KvCache &cache, int len) {
     const KvView &v = cache.view;
+    if (v.B == 1) return;
     for (int s = 1; s < v.B; s++) kv_cache_clear(cache, s), kv_cache_reserve(cache, s, len);
     std::vector<uint8_t> host;
-    // n bytes at offset `from` of p to what offset(s) says of every other slot
-    auto repeat = [&](void *p, int64_t from, int64_t n, auto offset) {
+    auto repeat = [&](void *p, int64_t n, auto at) {    // n bytes that slot s has at offset at(s)
         host.resize(n);
-        cache.ops->download(host.data(), (uint8_t *)p + from, n);
-        for (int s = 1; s < v.B; s++) cache.ops->upload((uint8_t *)p + offset(s), host.data(), n);
+        cache.ops->download(host.data(), (uint8_t *)p + at(0), n);
+        for (int s = 1; s < v.B; s++) cache.ops->upload((uint8_t *)p + at(s), host.data(), n);
     };
     const int *const table = cache.table.data();
     auto number = [&](int s, int i) { return table[(size_t)s * v.max_blocks + v.sink + i]; };
@@ -153,14 +153,11 @@ void kv_cache_repeat(KvCache &cache, int len) {
                     if (!next) break;
                 }
                 auto at = [&](int s) { return ((int64_t)layer * v.n_blocks + number(s, i)) * v.Hkv * block_bytes; };
-                repeat(p, at(0), n * v.Hkv * block_bytes, at);
+                repeat(p, n * v.Hkv * block_bytes, at);
             }
     };
     auto repeat_slots = [&](void *p, int64_t slot_bytes) {
-        for (int layer = 0; p && layer < v.L; layer++) {
-            auto at = [&](int s) { return ((int64_t)layer * v.B + s) * slot_bytes; };
-            repeat(p, at(0), slot_bytes, at);
-        }
+        for (int layer = 0; p && layer < v.L; layer++) repeat(p, slot_bytes, [&](int s) { return ((int64_t)layer * v.B + s) * slot_bytes; });
     };
     repeat_blocks(v.k_sealed, v.L, v.k_block_bytes), repeat_blocks(v.v_sealed, v.L, v.v_block_bytes);
     const int64_t exact = (int64_t)v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16);

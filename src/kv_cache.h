@@ -39,7 +39,7 @@ void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOpti
 // Blocks for positions below len; called before the step that writes them.
 void kv_cache_reserve(KvCache &cache, int slot, int len);
 
-// Every other slot gets what slot 0 holds of its first len tokens: what the same tokens would leave there.
+// Slot 0 holds len tokens; every other slot gets what the same tokens would leave there.
 void kv_cache_repeat(KvCache &cache, int len);
 
 // The slot is empty again and its blocks return to the pool.

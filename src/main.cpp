@@ -196,7 +196,7 @@ static Options parse(int argc, char **argv) {
             o.batches = text == "max" ? std::vector<int>{LARGEST_BATCH} : integers(a, text, 1, MOST_BATCH);
             o.batch = o.batches[0], batch_option = true;
         }
-        else if (a == "--batch") o.batches = {o.batch = integer(a, value(a), 1, 1 << 16)}, o.prompt_lines = true;
+        else if (a == "--batch") o.batches = {o.batch = integer(a, value(a), 1, MOST_BATCH)}, o.prompt_lines = true;
         else if (a == "--stride") o.stride = integer(a, value(a), 1);
         else if (a == "--no-bos") o.ppl_bos = false;
         else if (a == "--windows") o.max_windows = integer(a, value(a), 1);
