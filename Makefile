@@ -62,7 +62,7 @@ $(BUILD)/%.cu.cuda.o: %.cu
 	@mkdir -p $(@D)
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
-.PRECIOUS: $(BUILD)/%.o $(BUILD)/tool-%
+.PRECIOUS: $(BUILD)/%.cpp.o $(BUILD)/%.cu.o $(BUILD)/%.cu.cuda.o $(BUILD)/tool-%
 
 ifeq ($(DEBUG),1)    # most of what the sanitized tests wait for, twice as fast
 $(BUILD)/kernels/matmul.cu.o: CXXFLAGS += -O2
