@@ -38,15 +38,18 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
-        if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
-        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
-        ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int i) -> const f16 * {
             if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i));
             return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i);
         };
-        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
         int g = begin + warp;
+        if (!waited) {    // positions are there before the step's first kernel
+            if (g < end) prefetch_tokens<D>(a, rows_of(true, g / GROUPS), rows_of(false, g / GROUPS), g / GROUPS, g % GROUPS * GROUP, pos);
+            wait_for_inputs(), waited = true;
+        }
+        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
+        ExactTokens<D, Q> tokens;
+        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
         if (g < end) load_keys(g);
         for (int q = warp; q < Q; q += F16_WARPS) {
             float x[D / 32] = {};

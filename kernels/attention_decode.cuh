@@ -8,7 +8,6 @@
 namespace cuda {
 
 constexpr int MAX_PARTS = 128;     // of a row and kv head
-constexpr int GPU_SMS = 132;       // of an H100; a constant, so that every GPU adds in the same order
 constexpr int BLOCKS_EACH = 8;     // sealed blocks, at least, of a part of few rows
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
 constexpr int CODE_WARPS = 12;     // of a thread block over codes, if they fit
@@ -199,6 +198,16 @@ template <int D, int Q> struct ExactTokens {
         for (int n = 0; n < Q; n++) m_of[n] = __shfl_sync(~0u, m, n), l_of[n] = __shfl_sync(~0u, sum, n);
     }
 };
+
+// Of few rows, before their inputs are there: what ExactTokens reads of tokens t0 .. of a block, and what turns the query.
+template <int D> __device__ void prefetch_tokens(const DecodeArgs &a, const f16 *keys, const f16 *values, int block, int t0, int pos) {
+    if (a.b.N > FEW_ROWS) return;
+    const RopeTable &rope = a.kv.rope;
+    const int lane = threadIdx.x % 32, half = lane % 16;
+    if (half < GROUP * D / 64) prefetch((lane < 16 ? keys : values) + t0 * D + 64 * half);
+    if (lane < GROUP * D / 32) prefetch(rope.step + t0 * D + 32 * lane);
+    if (lane < D / 32) prefetch(rope.base + (int64_t)block * D + 32 * lane), prefetch(rope.base + (int64_t)(pos / KV_BLOCK) * D + 32 * lane), prefetch(rope.step + pos % KV_BLOCK * D + 32 * lane);
+}
 
 // ---- merging ------------------------------------------------------------------------------------------------
 // How many came before; what all of them wrote is there for the last one, which finds most, and makes the counter 0 again.

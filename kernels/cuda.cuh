@@ -16,6 +16,7 @@ namespace cuda {
 extern cudaStream_t stream;
 
 constexpr int FEW_ROWS = 8;    // steps of up to so many rows: products, and attention if no slot has two, give a row the same bits in any of them
+constexpr int GPU_SMS = 132;   // multiprocessors of an H100; a constant, so that every GPU adds in the same order
 
 // The rows of one slot in this step: rows row..row+rows-1.
 struct SlotRows { int row, rows; };
@@ -90,15 +91,27 @@ __device__ inline void wait_for_inputs() {
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
+// The 128 bytes there come to L2.  What a kernel reads after its wait, and nobody writes, is asked for before it, and before the weights
+// of this kernel or the next fill the memory's queue.
+__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ inline void prefetch_floats(const float *p, int n) {    // by a thread block
+    for (int i = threadIdx.x * 32; i < n; i += blockDim.x * 32) prefetch(p + i);
+}
 extern bool starts_early;    // the device can
 extern int sm_count;
 extern int most_shared;      // bytes of shared memory that a thread block can have: 227 KiB on an H100, 99 on many others
-template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
-    cudaLaunchAttribute early = {};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, &early, starts_early ? 1u : 0u};
+// In clusters of so many thread blocks, if more than 1, which also needs compute capability 9.0.
+template <class... P, class... A> void launch_clusters(void (*kernel)(P...), dim3 blocks, int cluster, int threads, size_t shared_bytes, A... args) {
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {(unsigned)cluster, 1, 1};
+    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, attributes, cluster > 1 ? 2u : starts_early ? 1u : 0u};
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+}
+template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
+    launch_clusters(kernel, blocks, 1, threads, shared_bytes, args...);
 }
 
 // x / (1 + e^-x) with e^-|x|, which never overflows, as on the CPU.

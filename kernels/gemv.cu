@@ -14,7 +14,7 @@
    Memory    What the formula costs is 2 bytes a weight; what a launch costs beside is the time in which nobody has asked for
              weights.  So a thread block starts while the kernel before it is at work, fills its ring, and waits for x only then.
    Limits    N <= 8; weights and rows of x aligned to 16 bytes where in is a multiple of 8; f16: |g x| < 2^20.
-   Tested by tests/test_cuda.cpp                                                                                     */
+   Tested by tests/test_cuda_matmul.cpp                                                                                   */
 #ifdef __CUDACC__
 #include <algorithm>
 #include <cuda_pipeline.h>
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
         }
         __pipeline_commit();
     };
+    if (NORM) prefetch_floats(p.norm.weight, in);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
     wait_for_inputs();
@@ -279,7 +280,7 @@ template <class T> static void gemv_type(const Products &p, const float *x, int 
     else gemv_of<FEW_ROWS, T, true>(p, x, N, in);
 }
 
-bool gemv_norms(DType type, int in) { return type == DType::f16 && in % CHUNK == 0; }
+bool gemv_norms(DType type, int in) { return is_grouped(type) ? gemv_groups_norms(type, in) : type == DType::f16 && in % CHUNK == 0; }
 
 void gemv(const Products &p, const float *x, int N, int in) {
     switch (p.W[0].type) {

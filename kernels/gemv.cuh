@@ -1,4 +1,4 @@
-// gemv.cuh - what matmul.cu asks of gemv.cu: products of few rows.
+// gemv.cuh - what matmul.cu asks of gemv.cu and gemm_batch.cu: products of few rows and of a batch's.
 #pragma once
 #include "groups.h"
 #include "mma.cuh"
@@ -45,10 +45,16 @@ __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float 
 
 // N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.
 void gemv(const Products &p, const float *x, int N, int in);
-bool gemv_norms(DType type, int in);    // it can take the norm, too
+bool gemv_norms(DType type, int in);    // it takes the norm, too
+
+// gemm_batch.cu: up to BATCH_ROWS rows.  A row's bits do not depend on the others, but they are not gemv's.
+constexpr int BATCH_ROWS = 32;
+bool gemm_batch_serves(DType type, int N, int in);    // if all weights are of this type; it takes the norm, too
+void gemm_batch(const Products &p, const float *x, int N, int in);
 
 // Weights in q8 and q4: matmul_groups.cu.
 void gemv_groups(const Products &p, const float *x, int N, int in);
+bool gemv_groups_norms(DType type, int in);
 // Rows [first, first + rows) of W (.., in) become f16, to (rows, in): exactly those of q4, rounded those of q8.
 void widen_groups(f16 *to, const Matrix &W, int64_t first, int64_t rows, int in);
 }    // namespace cuda

@@ -24,7 +24,7 @@
    Limits    in, out, N >= 1, in a multiple of 32 for q8 and q4; any alignment on the CPU, weights and rows of x (and of norms)
              aligned to 16 bytes on CUDA where in is a multiple of 8.  With f16, q8 or q4 weights on CUDA many rows need
              |x| < 65,520, few rows what gemv.cu says.
-   Tested by tests/test_ops.cpp, tests/test_cuda.cpp            Timed by ./run model.bin --bench                     */
+   Tested by tests/test_ops.cpp, tests/test_cuda_matmul.cpp     Timed by ./run model.bin --bench                     */
 #include <algorithm>
 #include <vector>
 #include "ops.h"
@@ -207,6 +207,7 @@ static void multiply(Products p, int n_products, const float *x, int N, int in, 
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && p.W[i].type == p.W[0].type;
     const bool few = N <= FEW_ROWS;
+    if (!few && same && gemm_batch_serves(p.W[0].type, N, in)) return gemm_batch(p, x, N, in);
     if (p.norm.weight && !(few && same && gemv_norms(p.W[0].type, in))) {
         rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
         x = xn, p.norm = {};

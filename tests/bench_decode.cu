@@ -4,7 +4,9 @@
 //   build/bench_decode [format [shape]]
 //
 // us a call: median of 9 replays of a CUDA graph of back-to-back calls, one a layer; the layers hold more than 200 MB, so codes
-// come from memory and not from L2.  GB/s counts the bytes of sealed blocks; the share is of what read_gb_s measures here.
+// come from memory and not from L2.  The row sees T tokens in full blocks, one more and itself (a step that seals nothing);
+// `us open` is with 31 more in the open block, whose fp16 rows are then as many bytes as 3.6 blocks of nsn2b.  GB/s counts the bytes of full blocks; the share is of
+// what read_gb_s measures here.
 #ifdef __CUDACC__
 #include <algorithm>
 #include <cstdio>
@@ -21,7 +23,40 @@ static void fill_with(const Ops &gpu, void *to, int64_t n, const std::vector<uin
     for (int64_t i = 0; i < n; i += (int64_t)some.size()) gpu.upload((uint8_t *)to + i, some.data(), std::min<int64_t>(n - i, some.size()));
 }
 
-static double call_us(const Ops &gpu, const Shape &s, KvFormat f, double *sealed_bytes) {
+// Median of 9 replays of a graph of so many calls, us a call.
+template <class Call> static double median_us(int calls, Call call) {
+    call(0);    // loads the kernels
+    CUDA_CHECK(cudaStreamSynchronize(cuda::stream));
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    CUDA_CHECK(cudaStreamBeginCapture(cuda::stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < calls; i++) call(i);
+    CUDA_CHECK(cudaStreamEndCapture(cuda::stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&run, graph, 0));
+    cudaEvent_t start, stop;
+    CUDA_CHECK(cudaEventCreate(&start));
+    CUDA_CHECK(cudaEventCreate(&stop));
+    std::vector<double> us;
+    for (int i = 0; i < 10; i++) {
+        CUDA_CHECK(cudaEventRecord(start, cuda::stream));
+        CUDA_CHECK(cudaGraphLaunch(run, cuda::stream));
+        CUDA_CHECK(cudaEventRecord(stop, cuda::stream));
+        CUDA_CHECK(cudaEventSynchronize(stop));
+        float ms;
+        CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+        if (i > 0) us.push_back(ms * 1e3 / calls);
+    }
+    std::sort(us.begin(), us.end());
+    cudaGraphExecDestroy(run), cudaGraphDestroy(graph), cudaEventDestroy(start), cudaEventDestroy(stop);
+    return us[us.size() / 2];
+}
+
+constexpr int OPEN_ROWS[] = {1, 32};    // tokens of the open block beside the row itself
+struct Timed {
+    double us[2];           // a call, with OPEN_ROWS
+    double sealed_bytes;    // of a call
+};
+static Timed time_calls(const Ops &gpu, const Shape &s, KvFormat f) {
     KvOptions o;
     o.k_format = o.v_format = f;
     // 128 blocks a head, sealed by the GPU from random rows
@@ -47,15 +82,10 @@ static double call_us(const Ops &gpu, const Shape &s, KvFormat f, double *sealed
 
     const double layer_bytes = (double)s.B * (s.T / KV_BLOCK) * s.Hkv * (seed.view.k_block_bytes + seed.view.v_block_bytes);
     const int L = (int)std::max(2.0, std::min(40.0, std::ceil(200e6 / layer_bytes)));
-    *sealed_bytes = layer_bytes;
     c = attention_config(s.Hkv, s.Hq / s.Hkv, s.d, L);
     KvCache cache;
     kv_cache_open(cache, gpu, c, o, s.B, s.T + KV_BLOCK);
-    Rows last;
-    for (int slot = 0; slot < s.B; slot++) {
-        kv_cache_reserve(cache, slot, s.T + 33);
-        last.add(0, slot, s.T + 32, false);    // half an open block
-    }
+    for (int slot = 0; slot < s.B; slot++) kv_cache_reserve(cache, slot, s.T + KV_BLOCK);
     const KvView &kv = cache.view;
     fill_with(gpu, kv.k_sealed, (int64_t)L * kv.n_blocks * s.Hkv * kv.k_block_bytes, kb);
     fill_with(gpu, kv.v_sealed, (int64_t)L * kv.n_blocks * s.Hkv * kv.v_block_bytes, vb);
@@ -65,34 +95,16 @@ static double call_us(const Ops &gpu, const Shape &s, KvFormat f, double *sealed
     float *on_q = (float *)device(q.size() * 4), *y = (float *)device(q.size() * 4);
     gpu.upload(on_q, q.data(), q.size() * 4);
     void *work = device(gpu.scratch_bytes({s.B, s.Hq, s.d, 16}));
-    const Batch step = gpu.begin(last.batch(), work);
-
     const int calls = std::max(L, 20) / L * L;
-    gpu.attention(y, on_q, kv, 0, k16, v16, step, s.Hq);    // loads the kernels
-    CUDA_CHECK(cudaStreamSynchronize(cuda::stream));
-    cudaGraph_t graph;
-    cudaGraphExec_t run;
-    CUDA_CHECK(cudaStreamBeginCapture(cuda::stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < calls; i++) gpu.attention(y, on_q, kv, i % L, k16, v16, step, s.Hq);
-    CUDA_CHECK(cudaStreamEndCapture(cuda::stream, &graph));
-    CUDA_CHECK(cudaGraphInstantiate(&run, graph, 0));
-    cudaEvent_t start, stop;
-    CUDA_CHECK(cudaEventCreate(&start));
-    CUDA_CHECK(cudaEventCreate(&stop));
-    std::vector<double> us;
-    for (int i = 0; i < 10; i++) {
-        CUDA_CHECK(cudaEventRecord(start, cuda::stream));
-        CUDA_CHECK(cudaGraphLaunch(run, cuda::stream));
-        CUDA_CHECK(cudaEventRecord(stop, cuda::stream));
-        CUDA_CHECK(cudaEventSynchronize(stop));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
-        if (i > 0) us.push_back(ms * 1e3 / calls);
+    Timed timed = {{}, layer_bytes};
+    for (int i = 0; i < 2; i++) {
+        Rows last;
+        for (int slot = 0; slot < s.B; slot++) last.add(0, slot, s.T + OPEN_ROWS[i], false);
+        const Batch step = gpu.begin(last.batch(), work);
+        timed.us[i] = median_us(calls, [&](int call) { gpu.attention(y, on_q, kv, call % L, k16, v16, step, s.Hq); });
     }
-    std::sort(us.begin(), us.end());
-    cudaGraphExecDestroy(run), cudaGraphDestroy(graph), cudaEventDestroy(start), cudaEventDestroy(stop);
     for (void *p : {(void *)k, (void *)k16, (void *)v16, scratch, (void *)on_q, (void *)y, work}) gpu.release(p);
-    return us[us.size() / 2];
+    return timed;
 }
 
 int main(int argc, char **argv) {
@@ -106,17 +118,18 @@ int main(int argc, char **argv) {
         read = gpu->read_gb_s(p, bytes, 5);
         gpu->release(p);
     }
-    printf("read bandwidth %.0f GB/s\n%6s %4s %3s %7s %7s %9s %8s %6s %7s\n", read, "heads", "d", "B", "T", "format", "us", "GB/s", "share", "x f16");
+    printf("read bandwidth %.0f GB/s\n%6s %4s %3s %7s %7s %9s %8s %6s %7s %9s\n", read, "heads", "d", "B", "T", "format", "us", "GB/s", "share", "x f16", "us open");
     for (const Shape &s : SHAPES) {
         double f16_us = 0;
         for (KvFormat f : {KvFormat::f16, KvFormat::nsn4b, KvFormat::nsn2b, KvFormat::nsn2, KvFormat::nsn1}) {
             if (argc > 1 && f != kv_format_from_name(argv[1])) continue;
             if (argc > 2 && &s - SHAPES != atoi(argv[2])) continue;
-            double bytes;
-            const double us = call_us(*gpu, s, f, &bytes);
+            const Timed t = time_calls(*gpu, s, f);
+            const double us = t.us[0], gb_s = t.sealed_bytes / us / 1e3;
             if (f == KvFormat::f16) f16_us = us;
-            printf("%3d/%-2d %4d %3d %7d %7s %9.1f %8.0f %6.2f", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, bytes / us / 1e3, bytes / us / 1e3 / read);
-            printf(f16_us > 0 ? " %7.2f\n" : "\n", f16_us / us);
+            printf("%3d/%-2d %4d %3d %7d %7s %9.1f %8.0f %6.2f", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, gb_s, gb_s / read);
+            f16_us > 0 ? printf(" %7.2f", f16_us / us) : printf(" %7s", "");
+            printf(" %9.1f\n", t.us[1]);
             fflush(stdout);
         }
     }

@@ -19,6 +19,29 @@ inline const Ops *find_gpu() {
 constexpr double DECODE_BOUND = 1e-3;
 inline bool decodes_codes(KvFormat k, KvFormat v, int d) { return (d == 64 || d == 128) && k != KvFormat::f16 && v != KvFormat::f16 && !kv_is_scalar(k) && !kv_is_scalar(v); }
 
+// N sequences of one token.
+inline Rows plain_rows(int N) {
+    Rows rows;
+    for (int n = 0; n < N; n++) rows.add(n, n, 0, true);
+    return rows;
+}
+
+// Weights in a type of 16 or 32 bits.
+struct HostMatrix {
+    DType type;
+    std::vector<float> f;      // what the matrix holds, exactly
+    std::vector<uint8_t> bytes;
+    HostMatrix(size_t n, DType type, uint64_t seed) : type(type), f(random_floats(n, seed, 0.1f)), bytes(n * dtype_size(type)) {
+        for (size_t i = 0; i < n; i++) {
+            const uint16_t h = type == DType::f16 ? to_f16(f[i]).bits : to_bf16(f[i]).bits;
+            if (type == DType::f32) memcpy(&bytes[4 * i], &f[i], 4);
+            else memcpy(&bytes[2 * i], &h, 2), f[i] = round_to(f[i], type);
+        }
+    }
+    static float round_to(float x, DType type) { return type == DType::f16 ? to_f32(to_f16(x)) : type == DType::bf16 ? to_f32(to_bf16(x)) : x; }
+};
+inline constexpr DType DTYPES[] = {DType::f32, DType::f16, DType::bf16};
+
 // n values on the device.
 template <class T> struct OnDevice {
     const Ops &ops;
