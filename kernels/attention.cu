@@ -132,8 +132,7 @@ struct Triples {
 struct Scratch {
     Tile k, v;
     std::vector<float> q, Rq, q_block, score, score2;    // queries (M, stride) three ways; scores (M, KV_BLOCK)
-    CodeQueries codes;
-    CodeScratch code_bytes;
+    CodeScratch codes;
     Triples total, part;
 };
 
@@ -168,85 +167,6 @@ static void add_weighted(float *y, const float *p, const float *x, int M, int n,
     }
 }
 
-// ---- sealed NSN blocks without widening: attention_codes.h ------------------------------------------------
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-static NsnFields fields_of(KvFormat format, int d, const uint8_t *block, float &delta) {
-    NsnFields fields{};
-    auto take = [&](auto nsn) {
-        using Nsn = decltype(nsn);
-        fields = nsn_fields(nsn, *(typename Nsn::Block *)block), delta = Nsn::delta;
-    };
-    auto pick = [&](auto width) {
-        constexpr int D = decltype(width)::value;
-        switch (format) {
-        case KvFormat::nsn1: return take(Nsn1<D>{});
-        case KvFormat::nsn2: return take(Nsn2<D>{});
-        case KvFormat::nsn2b: return take(Nsn2b<D>{});
-        default: return take(Nsn4b<D>{});
-        }
-    };
-    if (d == 64) pick(std::integral_constant<int, 64>());
-    else if (d == 128) pick(std::integral_constant<int, 128>());
-    else pick(std::integral_constant<int, 256>());
-    return fields;
-}
-static const Planes &planes_of(KvFormat format, int C, bool offset) {
-    static const Planes planes[4][2] = {{make_planes(NSN1_INDEX[0], 8, 0), make_planes(NSN1_INDEX[0], 8, 0x80)}, {make_planes(NSN2_INDEX[0], 8, 0), make_planes(NSN2_INDEX[0], 8, 0x80)},
-                                        {make_planes(NSN2B_INDEX[0], 4, 0), make_planes(NSN2B_INDEX[0], 4, 0x80)}, {make_planes(NSN4B_INDEX[0], 2, 0), make_planes(NSN4B_INDEX[0], 2, 0x80)}};
-    return planes[C == 8 ? format == KvFormat::nsn2 : C == 4 ? 2 : 3][offset];
-}
-
-// Scores of the task's queries, (M, KV_BLOCK).
-static void scores_of_codes(Scratch &s, const KvView &kv, const uint8_t *block, int C, int i, int M, int stride) {
-    const int d = kv.d;
-    float delta, s1[KV_BLOCK], scale[KV_BLOCK], mean[MAX_HEAD_DIM];
-    const NsnFields f = fields_of(kv.k_format, d, block, delta);
-    token_scales(s1, scale, f, delta);
-    const Planes &planes = planes_of(kv.k_format, C, true);
-    if (C == 8) code_scores<8>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
-    if (C == 4) code_scores<4>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
-    if (C == 2) code_scores<2>(s.score.data(), s.code_bytes, s.codes, M, f, planes, scale);
-    // The mean: q . RoPE_t(mean) = sum_j cos(t f_j) A_j + sin(t f_j) B_j, with q as seen from the block's first token,
-    // A = q_lo m_lo + q_hi m_hi, B = q_hi m_lo - q_lo m_hi: a matrix of cosines that all blocks share.
-    for (int c = 0; c < d; c++) mean[c] = f.mean_at(c);
-    turn_back(s.q_block.data(), s.q.data(), kv.rope, i, M, d, stride);
-    for (int m = 0; m < M; m++) {
-        float *z = &s.q_block[m * stride];
-        for (int j = 0; j < d / 2; j++) {
-            const float lo = z[j], hi = z[j + d / 2];
-            z[j] = lo * mean[j] + hi * mean[j + d / 2];
-            z[j + d / 2] = hi * mean[j] - lo * mean[j + d / 2];
-        }
-    }
-    std::fill(s.score2.begin(), s.score2.begin() + M * KV_BLOCK, 0.0f);
-    add_weighted(s.score2.data(), s.q_block.data(), kv.rope.step_turned, M, d, KV_BLOCK, KV_BLOCK, stride);
-    for (int m = 0; m < M; m++)
-        for (int t = 0; t < KV_BLOCK; t++) s.score[m * KV_BLOCK + t] += s1[t] * s.score2[m * KV_BLOCK + t];
-}
-
-// The weights s.score (M, KV_BLOCK) times the block's rows into o (M, 2, stride).
-static void sums_of_codes(float *o, Scratch &s, const KvView &kv, const uint8_t *block, int C, int M, int stride) {
-    const int d = kv.d;
-    float delta, s1[KV_BLOCK], scale[KV_BLOCK], mean[MAX_HEAD_DIM];
-    const NsnFields f = fields_of(kv.v_format, d, block, delta);
-    token_scales(s1, scale, f, delta);
-    const Planes &planes = planes_of(kv.v_format, C, false);
-    if (C == 8) code_sums<8>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
-    if (C == 4) code_sums<4>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
-    if (C == 2) code_sums<2>(o, s.code_bytes, s.score.data(), M, f, planes, scale, 2 * stride);
-    for (int c = 0; c < d; c++) mean[c] = f.mean_at(c);
-    for (int m = 0; m < M; m++) {
-        f32x16 weight = splat16(0.0f);
-        for (int t = 0; t < KV_BLOCK; t += LANES) add_product(weight, load16(&s.score[m * KV_BLOCK + t]), load16(s1 + t));
-        const float w = sum16(weight);
-        for (int c = 0; c < d; c++) o[(int64_t)m * 2 * stride + stride + c] += w * mean[c];
-    }
-}
-#else
-static void scores_of_codes(Scratch &, const KvView &, const uint8_t *, int, int, int, int) {}
-static void sums_of_codes(float *, Scratch &, const KvView &, const uint8_t *, int, int, int) {}
-#endif
-
 // The integer kernels' channels a byte for one side of the cache, 0 where tiles are widened instead.
 static int fast_channels(const KvView &kv, bool key) { return kv.ablate ? 0 : code_channels(key ? kv.k_format : kv.v_format, kv.d); }
 
@@ -267,7 +187,7 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
         }
         // scores
-        if (k_fast) scores_of_codes(s, kv, kv.k_block(layer, step.slot, task.h, i), k_fast, i, M, stride);
+        if (k_fast) code_scores(s.score.data(), s.codes, s.q.data(), M, stride, kv.k_format, d, kv.k_block(layer, step.slot, task.h, i), kv.rope, i);
         else if (s.k.has_plain && !s.k.turned)
             dot_rows(s.score.data(), s.q.data(), s.k.plain.data(), M, n, stride, KV_BLOCK, stride, stride);
         else if (s.k.has_plain) {
@@ -285,15 +205,14 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
         for (int m = 0; m < M; m++) {
             float *p = &s.score[m * KV_BLOCK];
             const int seen = std::min(KV_BLOCK, b.pos[task.row + m / G] - i * KV_BLOCK + 1);
-            float top = to.m[m];
-            for (int t = 0; t < seen; t++) top = std::max(top, p[t]);
             for (int t = std::max(seen, 0); t < KV_BLOCK; t++) p[t] = -INFINITY;
             if (seen <= 0) {    // a row at an earlier position than this block
                 std::fill(p, p + KV_BLOCK, 0.0f);
                 continue;
             }
-            const float a = expf(to.m[m] - top);
-            f32x16 sum = splat16(0.0f);
+            f32x16 largest = splat16(to.m[m]), sum = splat16(0.0f);
+            for (int t = 0; t < KV_BLOCK; t += LANES) largest = max16(largest, load16(p + t));
+            const float top = largest16(largest), a = expf(to.m[m] - top);
             for (int t = 0; t < KV_BLOCK; t += LANES) {
                 const f32x16 e = exp16(load16(p + t) + splat16(-top));
                 store16(p + t, e);
@@ -306,7 +225,7 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
         }
         // values
         if (v_fast) {
-            sums_of_codes(to.o.data(), s, kv, kv.v_block(layer, step.slot, task.h, i), v_fast, M, stride);
+            code_sums(to.o.data(), s.codes, s.score.data(), M, stride, kv.v_format, d, kv.v_block(layer, step.slot, task.h, i));
             continue;
         }
         if (s.v.has_code && s.v.rotated) add_weighted(to.o.data(), s.score.data(), s.v.code.data(), M, n, stride, 2 * stride);
@@ -326,9 +245,7 @@ static void load_queries(Scratch &s, const Task &task, const float *q, const KvV
         for (int c = 0; c < d; c++) s.q[m * stride + c] = s.Rq[m * stride + c] = from[c] / sqrtf((float)d);
         hadamard(&s.Rq[m * stride], d);
     }
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-    if (const int C = fast_channels(kv, true)) code_queries(s.codes, s.Rq.data(), M, d, C, stride);
-#endif
+    code_queries(s.codes, s.Rq.data(), M, d, std::max(1, fast_channels(kv, true)), stride);
 }
 
 static void store_result(float *y, Triples &total, const Task &task, const KvView &kv, int Hq, int G, int d) {

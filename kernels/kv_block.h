@@ -171,6 +171,20 @@ template <int D> HD NsnFields nsn_fields(Nsn2<D>, typename Nsn2<D>::Block &b) {
     return {D, 8, b.code[0], b.sign[0], &b.s2, nullptr, &b.s1, b.mean.code, b.mean.step, b.mean.min};
 }
 
+// The same where format and d are numbers: the layout of the table above.
+inline NsnFields nsn_fields(KvFormat format, int d, const uint8_t *block) {
+    NsnFields f{};
+    f.d = d, f.channels = format == KvFormat::nsn4b ? 2 : format == KvFormat::nsn2b ? 4 : 8;
+    uint8_t *p = const_cast<uint8_t *>(block);
+    auto take = [&](size_t bytes) { return p += bytes, p - bytes; };
+    f.code = take(KV_BLOCK * d / f.channels);
+    if (format == KvFormat::nsn2) f.sign = take(KV_BLOCK * d / 8);
+    if (f.channels == 8) f.s2_f16 = (ScaleF16 *)take(sizeof(ScaleF16)); else f.s2_log8 = (ScaleLog8 *)take(sizeof(ScaleLog8));
+    f.s1 = (FirstNorm *)take(sizeof(FirstNorm));
+    f.mean = take(d / 2), f.mean_step = (f16 *)take((d + 31) / 32 * sizeof(f16)), f.mean_min = (f16 *)p;
+    return f;
+}
+
 template <int D> using Nsn1 = NsnBytes<D, 8, ScaleF16>;
 template <int D> using Nsn2b = NsnBytes<D, 4, ScaleLog8>;
 template <int D> using Nsn4b = NsnBytes<D, 2, ScaleLog8>;

@@ -4,6 +4,7 @@
 // everywhere.  (With -ffp-contract=fast, gcc's default, a*b + c is rounded once where the machine has FMA, else twice.)
 #pragma once
 #include <cmath>
+#include <cstring>
 #include "base.h"
 #if defined(__AVX512F__) || defined(__F16C__)
 #pragma GCC diagnostic push
@@ -53,8 +54,41 @@ LANE_FUNCTION f32x16 load16(const f16 *p) {
 #endif
     return x;
 }
+// Integers, widened; from int32 they are rounded.
+LANE_FUNCTION f32x16 load16(const int32_t *p) {
+    typedef int32_t ints __attribute__((vector_size(NATIVE * 4), aligned(4), may_alias));
+    f32x16 x;
+    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector((vni)*(const ints *)(p + i * NATIVE), vn);
+    return x;
+}
+LANE_FUNCTION f32x16 load16(const uint16_t *p) {
+    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
+    f32x16 x;
+    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector(__builtin_convertvector(*(const halves *)(p + i * NATIVE), vni), vn);
+    return x;
+}
+LANE_FUNCTION f32x16 load16(const uint8_t *p) {
+    typedef uint8_t bytes __attribute__((vector_size(NATIVE), aligned(1), may_alias));
+    f32x16 x;
+    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector(__builtin_convertvector(*(const bytes *)(p + i * NATIVE), vni), vn);
+    return x;
+}
+// 16 nibbles of 8 bytes, the low half of a byte first.
+LANE_FUNCTION f32x16 load16_nibbles(const uint8_t *p) {
+    typedef uint8_t v8b __attribute__((vector_size(8), aligned(1), may_alias));
+    typedef uint16_t v8h __attribute__((vector_size(16)));
+    const v8h pair = __builtin_convertvector(*(const v8b *)p, v8h), apart = (pair | pair << 4) & 0x0f0f;
+    uint8_t byte[LANES];
+    memcpy(byte, &apart, sizeof byte);
+    return load16(byte);
+}
 LANE_FUNCTION void store16(float *p, f32x16 x) {
     for (int i = 0; i < PARTS; i++) *(vn_in_memory *)(p + i * NATIVE) = x.part[i];
+}
+// Truncated to integers of 0..65535.
+LANE_FUNCTION void store16(uint16_t *p, f32x16 x) {
+    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
+    for (int i = 0; i < PARTS; i++) *(halves *)(p + i * NATIVE) = (halves)__builtin_convertvector(__builtin_convertvector(x.part[i], vni), halves);
 }
 LANE_FUNCTION f32x16 splat16(float x) {
     f32x16 y;
@@ -68,6 +102,19 @@ LANE_FUNCTION f32x16 operator+(f32x16 a, f32x16 b) {
 LANE_FUNCTION f32x16 operator*(f32x16 a, f32x16 b) {
     for (int i = 0; i < PARTS; i++) a.part[i] *= b.part[i];
     return a;
+}
+// The larger of a and b; a where either is NaN, as std::max has it.
+LANE_FUNCTION f32x16 max16(f32x16 a, f32x16 b) {
+    for (int i = 0; i < PARTS; i++) a.part[i] = a.part[i] < b.part[i] ? b.part[i] : a.part[i];
+    return a;
+}
+// The last lane first.
+LANE_FUNCTION f32x16 reverse16(f32x16 x) {
+    f32x16 y;
+    vni last_first;
+    for (int i = 0; i < NATIVE; i++) last_first[i] = NATIVE - 1 - i;
+    for (int i = 0; i < PARTS; i++) y.part[i] = __builtin_shuffle(x.part[PARTS - 1 - i], last_first);
+    return y;
 }
 LANE_FUNCTION void add_product(f32x16 &sum, f32x16 a, f32x16 b) {
     for (int i = 0; i < PARTS; i++) sum.part[i] += a.part[i] * b.part[i];
@@ -88,6 +135,13 @@ LANE_FUNCTION v4 sum4(v4 a, v4 b, v4 c, v4 d) {
 LANE_FUNCTION float sum16(f32x16 x) {
     const v4 a = fold16(x);
     return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+LANE_FUNCTION float largest16(f32x16 x) {
+    union { f32x16 all; v4 quarter[4]; } u = {x};
+    const v4 a = u.quarter[0] < u.quarter[2] ? u.quarter[2] : u.quarter[0], b = u.quarter[1] < u.quarter[3] ? u.quarter[3] : u.quarter[1], c = a < b ? b : a;
+    const float d = c[0] < c[2] ? c[2] : c[0], e = c[1] < c[3] ? c[3] : c[1];
+    return d < e ? e : d;
 }
 
 // e^x for x <= 0 (softmax, sigmoid), relative error below 2e-7; below -87.3 the result is 0.
