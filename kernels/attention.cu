@@ -132,6 +132,7 @@ struct Triples {
 struct Scratch {
     Tile k, v;
     std::vector<float> q, Rq, q_block, score, score2;    // queries (M, stride) three ways; scores (M, KV_BLOCK)
+    int64_t loaded = -1;    // which task's queries these are
     CodeScratch codes;
     Triples total, part;
 };
@@ -235,17 +236,23 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
 }
 
 // Queries of the task, scaled by 1/sqrt(d), and R times them.
-static void load_queries(Scratch &s, const Task &task, const float *q, const KvView &kv, int Hq, int G, int d) {
+static void load_queries(Scratch &s, const Task &task, int64_t id, const float *q, const KvView &kv, int Hq, int G, int d) {
     const int stride = (int)ceil_div(d, LANES) * LANES, M = task.rows * G;
+    if (s.loaded == id) return;    // another segment of the same task
+    s.loaded = id;
     for (auto *x : {&s.q, &s.Rq, &s.q_block}) x->assign((size_t)M * stride, 0.0f);
-    for (auto *x : {&s.score, &s.score2}) x->assign((size_t)M * KV_BLOCK, 0.0f);
-    for (auto *x : {&s.k.code, &s.k.plain, &s.v.code, &s.v.plain}) x->assign((size_t)KV_BLOCK * stride, 0.0f);
+    for (auto *x : {&s.score, &s.score2}) x->resize((size_t)M * KV_BLOCK);
+    for (auto *x : {&s.k.code, &s.k.plain, &s.v.code, &s.v.plain}) {
+        if (stride > d) x->assign((size_t)KV_BLOCK * stride, 0.0f);    // what is behind a row has to be zero
+        x->resize((size_t)KV_BLOCK * stride);
+    }
     for (int m = 0; m < M; m++) {
         const float *from = q + ((int64_t)(task.row + m / G) * Hq + task.h * G + m % G) * d;
         for (int c = 0; c < d; c++) s.q[m * stride + c] = s.Rq[m * stride + c] = from[c] / sqrtf((float)d);
         hadamard(&s.Rq[m * stride], d);
     }
-    code_queries(s.codes, s.Rq.data(), M, d, std::max(1, fast_channels(kv, true)), stride);
+    const int k_fast = fast_channels(kv, true);
+    if (k_fast || fast_channels(kv, false)) code_queries(s.codes, s.Rq.data(), M, d, std::max(1, k_fast), stride);
 }
 
 static void store_result(float *y, Triples &total, const Task &task, const KvView &kv, int Hq, int G, int d) {
@@ -274,6 +281,9 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
         segments = std::max(segments, ceil_div(n_blocks, SEGMENT));
     }
     const int n_tasks = (int)tasks.size();
+    static int64_t ids = 0;
+    const int64_t first_id = ids;    // of this call's tasks
+    ids += n_tasks;
     auto range = [&](const Task &t, int s) { return std::make_pair(s * SEGMENT, std::min((s + 1) * SEGMENT, t.n_blocks)); };
 
     int64_t work = 0;    // key values read by all queries
@@ -283,7 +293,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
         for (int i = 0; i < n_tasks; i++) {
             static thread_local Scratch s;
             const Task &task = tasks[n_tasks - 1 - i];    // the longest first
-            load_queries(s, task, q, kv, Hq, G, d);
+            load_queries(s, task, first_id + n_tasks - 1 - i, q, kv, Hq, G, d);
             for (int seg = 0; seg < ceil_div(task.n_blocks, SEGMENT); seg++) {
                 Triples &to = seg == 0 ? s.total : s.part;
                 to.clear(task.rows * G, stride);
@@ -302,7 +312,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
             static thread_local Scratch s;
             const Task &task = tasks[i];
             if (seg >= ceil_div(task.n_blocks, SEGMENT)) continue;
-            load_queries(s, task, q, kv, Hq, G, d);
+            load_queries(s, task, first_id + i, q, kv, Hq, G, d);
             Triples &to = parts[i * segments + seg];
             to.clear(task.rows * G, stride);
             attend(to, s, task, range(task, seg).first, range(task, seg).second, kv, layer, k16, v16, b, G);

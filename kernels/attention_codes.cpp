@@ -84,22 +84,35 @@ static const CodePlanes &planes_of(KvFormat format, bool offset) {
     return planes[(int)format - (int)KvFormat::nsn1][offset];
 }
 
-// Channels 0..C-1 of 64 codes, to + c * step; bit c of a sign flips channel c.
-LANE_FUNCTION void look_up(uint8_t *to, int64_t step, const uint8_t *code, const uint8_t *sign, const CodePlanes &planes, int C) {
-    const __m512i k = _mm512_load_si512(code);
-    const __mmask64 upper = _mm512_movepi8_mask(k), odd = _mm512_test_epi8_mask(k, _mm512_set1_epi8(64));
-    for (int c = 0; c < C; c++) {
-        const __m512i *plane = (const __m512i *)planes.byte[c];
-        __m512i x = _mm512_permutexvar_epi8(k, plane[0]);
-        x = _mm512_mask_permutexvar_epi8(x, ~upper & odd, k, plane[1]);
-        x = _mm512_mask_permutexvar_epi8(x, upper & ~odd, k, plane[2]);
-        x = _mm512_mask_permutexvar_epi8(x, upper & odd, k, plane[3]);
-        if (sign) {
-            const __mmask64 flip = _mm512_test_epi8_mask(_mm512_load_si512(sign), _mm512_set1_epi8((char)(1 << c)));
-            x = _mm512_mask_sub_epi8(x, flip, _mm512_set1_epi8(-1), x);    // -1 - x = ~x
+// Channels 0..C-1 of n registers of codes: those of register r to to + r / inner * outer_step + r % inner * 64, c * inner * 64 apart.
+// Bit c of a sign flips channel c.
+template <int C, bool SIGN> static void look_up_all(uint8_t *to, const uint8_t *code, const uint8_t *sign, const CodePlanes &planes, int n, int inner) {
+    for (int r = 0; r < n; r++) {
+        uint8_t *y = to + (r / inner * C * inner + r % inner) * 64;
+        const __m512i k = _mm512_load_si512(code + r * 64);
+        const __mmask64 upper = _mm512_movepi8_mask(k), odd = _mm512_test_epi8_mask(k, _mm512_set1_epi8(64));
+        const __mmask64 second = _kandn_mask64(upper, odd), third = _kandn_mask64(odd, upper), fourth = _kand_mask64(upper, odd);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) {
+            const __m512i *plane = (const __m512i *)planes.byte[c];
+            __m512i x = _mm512_permutexvar_epi8(k, plane[0]);
+            x = _mm512_mask_permutexvar_epi8(x, second, k, plane[1]);
+            x = _mm512_mask_permutexvar_epi8(x, third, k, plane[2]);
+            x = _mm512_mask_permutexvar_epi8(x, fourth, k, plane[3]);
+            if (SIGN) {
+                const __mmask64 flip = _mm512_test_epi8_mask(_mm512_load_si512(sign + r * 64), _mm512_set1_epi8((char)(1 << c)));
+                x = _mm512_mask_sub_epi8(x, flip, _mm512_set1_epi8(-1), x);    // -1 - x = ~x
+            }
+            _mm512_store_si512(y + c * inner * 64, x);
         }
-        _mm512_store_si512(to + c * step, x);
     }
+}
+static void look_up(CodeScratch &s, const CodePlanes &planes, const NsnFields &f, int inner) {
+    const int n = f.d / f.channels;    // registers: 64 tokens of n codes
+    if (f.sign) look_up_all<8, true>(s.x, s.codes, s.signs, planes, n, inner);
+    else if (f.channels == 8) look_up_all<8, false>(s.x, s.codes, nullptr, planes, n, inner);
+    else if (f.channels == 4) look_up_all<4, false>(s.x, s.codes, nullptr, planes, n, inner);
+    else look_up_all<2, false>(s.x, s.codes, nullptr, planes, n, inner);
 }
 
 // Codes (KV_BLOCK, W, 4) to (W, KV_BLOCK, 4): the even lanes of the whole, then the odd ones, log2 W times.
@@ -140,11 +153,10 @@ template <int Q> static void dots_of(int *dots, const uint8_t *x, const CodeQuer
 }
 
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
-    const int C = f.channels, W = f.d / C / 4;
-    const CodePlanes &planes = planes_of(format, true);
+    const int W = f.d / f.channels / 4;
     deal(s.codes, s.other, f.code, W);
     if (f.sign) deal(s.signs, s.other, f.sign, W);
-    for (int r = 0; r < 4 * W; r++) look_up(s.x + (r / 4 * C * 4 + r % 4) * 64, 256, s.codes + r * 64, f.sign ? s.signs + r * 64 : nullptr, planes, C);
+    look_up(s, planes_of(format, true), f, 4);
     int m = 0;
     for (; m + 2 <= M; m += 2) dots_of<2>(dots, s.x, s.queries, m, f.d);
     if (m < M) dots_of<1>(dots, s.x, s.queries, m, f.d);
@@ -223,11 +235,9 @@ template <int Q> static void weighted(int *sums, const uint8_t *x, const uint16_
 
 void code_weighted(int *sums, CodeScratch &s, const uint16_t *w, int M, KvFormat format, const NsnFields &f) {
     const int d = f.d, C = f.channels, n_codes = d / C, groups = n_codes == 8 ? 8 : 16;
-    const CodePlanes &planes = planes_of(format, false);
     turn(s.codes, f.code, n_codes);
     if (f.sign) turn(s.signs, f.sign, n_codes);
-    for (int r = 0; r < n_codes; r++)    // 64 n_codes bytes
-        look_up(s.x + (r / groups * C * groups + r % groups) * 64, groups * 64, s.codes + r * 64, f.sign ? s.signs + r * 64 : nullptr, planes, C);
+    look_up(s, planes_of(format, false), f, groups);
     int m = 0;
     for (; m + 4 <= M; m += 4) weighted<4>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
     if (M - m == 3) weighted<3>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
@@ -267,13 +277,13 @@ void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stri
 
 // s1[t], and s1[t] s2[t] delta, of the 64 tokens.
 static void token_scales(float *s1, float *scale, const NsnFields &f, float delta) {
-    const f32x16 step = splat16(to_f32(f.s1->step)), min = splat16(to_f32(f.s1->min));
+    const f32x16 step = splat16(f.s1->step), min = splat16(f.s1->min);
     for (int t = 0; t < KV_BLOCK; t += LANES) {
         const f32x16 first = min + step * load16_nibbles(f.s1->code + t / 2);
         f32x16 second;
         if (f.s2_f16) second = load16(f.s2_f16->value + t);
         else {
-            const f32x16 code = load16(f.s2_log8->code + t), x = (splat16(to_f32(f.s2_log8->min)) + splat16(to_f32(f.s2_log8->step)) * (code + splat16(-1.0f))) * splat16(0.69314718f);
+            const f32x16 code = load16(f.s2_log8->code + t), x = (splat16(f.s2_log8->min) + splat16(f.s2_log8->step) * (code + splat16(-1.0f))) * splat16(0.69314718f);
             second = exp16(x);
             for (int i = 0; i < PARTS; i++) second.part[i] = (vn)((vni)second.part[i] & (code.part[i] > 0.0f));    // code 0: a row of zeros
         }
@@ -283,7 +293,7 @@ static void token_scales(float *s1, float *scale, const NsnFields &f, float delt
 
 static void load_mean(float *mean, const NsnFields &f) {
     for (int g = 0; g < (f.d + 31) / 32; g++) {
-        const f32x16 step = splat16(to_f32(f.mean_step[g])), min = splat16(to_f32(f.mean_min[g]));
+        const f32x16 step = splat16(f.mean_step[g]), min = splat16(f.mean_min[g]);
         for (int c = 0; c < 32; c += LANES) store16(mean + g * 32 + c, min + step * load16_nibbles(f.mean + (g * 32 + c) / 2));
     }
 }
@@ -368,9 +378,8 @@ void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFo
         const float top = largest16(largest);
         const f32x16 inverse = splat16(top > TINY ? 65535.0f / top : 0.0f);
         for (int i = 0; i < KV_BLOCK / LANES; i++) {
-            uint16_t *to = &s.weights[m * KV_BLOCK + i * LANES];
-            store16(to, w[i] * inverse + splat16(0.5f));
-            sum = sum + load16(to);
+            const f32x16 x = truncate16(w[i] * inverse + splat16(0.5f));
+            store16(&s.weights[m * KV_BLOCK + i * LANES], x), sum = sum + x;
         }
         s.factors[m] = {top > TINY ? top / 65535.0f : 0.0f, 0.5f * sum16(sum), sum16(of_mean)};    // sum: whole numbers below 2^22, exact
     }

@@ -61,39 +61,53 @@ LANE_FUNCTION f32x16 load16(const int32_t *p) {
     for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector((vni)*(const ints *)(p + i * NATIVE), vn);
     return x;
 }
-LANE_FUNCTION f32x16 load16(const uint16_t *p) {
-    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
-    f32x16 x;
-    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector(__builtin_convertvector(*(const halves *)(p + i * NATIVE), vni), vn);
-    return x;
-}
 LANE_FUNCTION f32x16 load16(const uint8_t *p) {
-    typedef uint8_t bytes __attribute__((vector_size(NATIVE), aligned(1), may_alias));
     f32x16 x;
-    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector(__builtin_convertvector(*(const bytes *)(p + i * NATIVE), vni), vn);
+#if defined(__AVX512F__)    // gcc 12 converts bytes one by one
+    x.part[0] = (vn)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128((const __m128i *)p)));
+#else
+    for (int i = 0; i < LANES; i++) x.part[i / NATIVE][i % NATIVE] = p[i];
+#endif
     return x;
 }
 // 16 nibbles of 8 bytes, the low half of a byte first.
 LANE_FUNCTION f32x16 load16_nibbles(const uint8_t *p) {
-    typedef uint8_t v8b __attribute__((vector_size(8), aligned(1), may_alias));
-    typedef uint16_t v8h __attribute__((vector_size(16)));
-    const v8h pair = __builtin_convertvector(*(const v8b *)p, v8h), apart = (pair | pair << 4) & 0x0f0f;
-    uint8_t byte[LANES];
-    memcpy(byte, &apart, sizeof byte);
-    return load16(byte);
+    typedef uint8_t v16b __attribute__((vector_size(16)));
+    typedef uint64_t v2l __attribute__((vector_size(16)));
+    uint64_t pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    const v16b x = (v16b)(v2l{pairs, pairs >> 4} & 0x0f0f0f0f0f0f0f0f);
+    const v16b in_turn = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15}, y = __builtin_shuffle(x, in_turn);
+    return load16((const uint8_t *)&y);
 }
 LANE_FUNCTION void store16(float *p, f32x16 x) {
     for (int i = 0; i < PARTS; i++) *(vn_in_memory *)(p + i * NATIVE) = x.part[i];
 }
-// Truncated to integers of 0..65535.
+// Whole numbers of 0..65535.
 LANE_FUNCTION void store16(uint16_t *p, f32x16 x) {
-    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
-    for (int i = 0; i < PARTS; i++) *(halves *)(p + i * NATIVE) = (halves)__builtin_convertvector(__builtin_convertvector(x.part[i], vni), halves);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_cvttps_epi32(0xffff, (__m512)x.part[0])));
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)x.part[i / NATIVE][i % NATIVE];
+#endif
+}
+LANE_FUNCTION f32x16 truncate16(f32x16 x) {
+    for (int i = 0; i < PARTS; i++) x.part[i] = __builtin_convertvector(__builtin_convertvector(x.part[i], vni), vn);
+    return x;
 }
 LANE_FUNCTION f32x16 splat16(float x) {
     f32x16 y;
     for (int i = 0; i < PARTS; i++) y.part[i] = x - vn{};
     return y;
+}
+LANE_FUNCTION f32x16 splat16(f16 h) {
+#if defined(__AVX512F__)
+    f32x16 y;
+    y.part[0] = (vn)_mm512_maskz_cvtph_ps(0xffff, _mm256_set1_epi16((short)h.bits));
+    return y;
+#else
+    return splat16(to_f32(h));
+#endif
 }
 LANE_FUNCTION f32x16 operator+(f32x16 a, f32x16 b) {
     for (int i = 0; i < PARTS; i++) a.part[i] += b.part[i];
