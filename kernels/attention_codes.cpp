@@ -84,35 +84,42 @@ static const CodePlanes &planes_of(KvFormat format, bool offset) {
     return planes[(int)format - (int)KvFormat::nsn1][offset];
 }
 
-// Channels 0..C-1 of n registers of codes: those of register r to to + r / inner * outer_step + r % inner * 64, c * inner * 64 apart.
-// Bit c of a sign flips channel c.
+// 64 codes: where they are in the second, third and fourth quarter of the codebook.
+struct Codes {
+    __m512i code;
+    __mmask64 second, third, fourth;
+};
+LANE_FUNCTION Codes load_codes(const uint8_t *p) {
+    const __m512i code = _mm512_load_si512(p);
+    const __mmask64 upper = _mm512_movepi8_mask(code), odd = _mm512_test_epi8_mask(code, _mm512_set1_epi8(64));
+    return {code, _kandn_mask64(upper, odd), _kandn_mask64(odd, upper), _kand_mask64(upper, odd)};
+}
+// Their channel c; bit c of a sign flips it.
+template <bool SIGN> LANE_FUNCTION __m512i look_up(const Codes &k, const CodePlanes &planes, int c, const uint8_t *sign) {
+    const __m512i *plane = (const __m512i *)planes.byte[c];
+    __m512i x = _mm512_permutexvar_epi8(k.code, plane[0]);
+    x = _mm512_mask_permutexvar_epi8(x, k.second, k.code, plane[1]);
+    x = _mm512_mask_permutexvar_epi8(x, k.third, k.code, plane[2]);
+    x = _mm512_mask_permutexvar_epi8(x, k.fourth, k.code, plane[3]);
+    if (!SIGN) return x;
+    const __mmask64 flip = _mm512_test_epi8_mask(_mm512_load_si512(sign), _mm512_set1_epi8((char)(1 << c)));
+    return _mm512_mask_sub_epi8(x, flip, _mm512_set1_epi8(-1), x);    // -1 - x = ~x
+}
+// Channels 0..C-1 of n registers of codes: those of register r to to + r / inner * C * inner * 64 + r % inner * 64, inner * 64 apart.
 template <int C, bool SIGN> static void look_up_all(uint8_t *to, const uint8_t *code, const uint8_t *sign, const CodePlanes &planes, int n, int inner) {
     for (int r = 0; r < n; r++) {
+        const Codes k = load_codes(code + r * 64);
         uint8_t *y = to + (r / inner * C * inner + r % inner) * 64;
-        const __m512i k = _mm512_load_si512(code + r * 64);
-        const __mmask64 upper = _mm512_movepi8_mask(k), odd = _mm512_test_epi8_mask(k, _mm512_set1_epi8(64));
-        const __mmask64 second = _kandn_mask64(upper, odd), third = _kandn_mask64(odd, upper), fourth = _kand_mask64(upper, odd);
 #pragma GCC unroll 8
-        for (int c = 0; c < C; c++) {
-            const __m512i *plane = (const __m512i *)planes.byte[c];
-            __m512i x = _mm512_permutexvar_epi8(k, plane[0]);
-            x = _mm512_mask_permutexvar_epi8(x, second, k, plane[1]);
-            x = _mm512_mask_permutexvar_epi8(x, third, k, plane[2]);
-            x = _mm512_mask_permutexvar_epi8(x, fourth, k, plane[3]);
-            if (SIGN) {
-                const __mmask64 flip = _mm512_test_epi8_mask(_mm512_load_si512(sign + r * 64), _mm512_set1_epi8((char)(1 << c)));
-                x = _mm512_mask_sub_epi8(x, flip, _mm512_set1_epi8(-1), x);    // -1 - x = ~x
-            }
-            _mm512_store_si512(y + c * inner * 64, x);
-        }
+        for (int c = 0; c < C; c++) _mm512_store_si512(y + c * inner * 64, look_up<SIGN>(k, planes, c, sign + r * 64));
     }
 }
-static void look_up(CodeScratch &s, const CodePlanes &planes, const NsnFields &f, int inner) {
+static void look_up_block(CodeScratch &s, const CodePlanes &planes, const NsnFields &f, int inner) {
     const int n = f.d / f.channels;    // registers: 64 tokens of n codes
     if (f.sign) look_up_all<8, true>(s.x, s.codes, s.signs, planes, n, inner);
-    else if (f.channels == 8) look_up_all<8, false>(s.x, s.codes, nullptr, planes, n, inner);
-    else if (f.channels == 4) look_up_all<4, false>(s.x, s.codes, nullptr, planes, n, inner);
-    else look_up_all<2, false>(s.x, s.codes, nullptr, planes, n, inner);
+    else if (f.channels == 8) look_up_all<8, false>(s.x, s.codes, s.signs, planes, n, inner);
+    else if (f.channels == 4) look_up_all<4, false>(s.x, s.codes, s.signs, planes, n, inner);
+    else look_up_all<2, false>(s.x, s.codes, s.signs, planes, n, inner);
 }
 
 // Codes (KV_BLOCK, W, 4) to (W, KV_BLOCK, 4): the even lanes of the whole, then the odd ones, log2 W times.
@@ -131,6 +138,15 @@ static void deal(uint8_t *to, uint8_t *other, const uint8_t *from, int W) {
     }
 }
 
+LANE_FUNCTION __m512i four_channels(const CodeQueries &q, int m, int part, int d, int w) {
+    int x;
+    memcpy(&x, &(part ? q.lo : q.hi)[(size_t)m * d + 4 * w], 4);
+    return _mm512_set1_epi32(x);
+}
+LANE_FUNCTION void store_dots(int *dots, const CodeQueries &q, int m, int t, __m512i hi, __m512i lo) {
+    _mm512_storeu_si512(dots + m * KV_BLOCK + t * 16, _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo), _mm512_set1_epi32(128 * q.sum[m])));
+}
+
 // Q queries against x (d/4, KV_BLOCK, 4).
 template <int Q> static void dots_of(int *dots, const uint8_t *x, const CodeQueries &q, int m0, int d) {
     __m512i hi[Q][4], lo[Q][4];
@@ -138,25 +154,54 @@ template <int Q> static void dots_of(int *dots, const uint8_t *x, const CodeQuer
         for (int t = 0; t < 4; t++) hi[i][t] = lo[i][t] = _mm512_setzero_si512();
     for (int w = 0; w < d / 4; w++)
         for (int i = 0; i < Q; i++) {
-            int q_hi, q_lo;
-            memcpy(&q_hi, &q.hi[(size_t)(m0 + i) * d + 4 * w], 4), memcpy(&q_lo, &q.lo[(size_t)(m0 + i) * d + 4 * w], 4);
-            const __m512i h = _mm512_set1_epi32(q_hi), l = _mm512_set1_epi32(q_lo);
+            const __m512i h = four_channels(q, m0 + i, 0, d, w), l = four_channels(q, m0 + i, 1, d, w);
             for (int t = 0; t < 4; t++) {
                 const __m512i xt = _mm512_load_si512(x + w * 256 + t * 64);
                 hi[i][t] = _mm512_dpbusd_epi32(hi[i][t], xt, h), lo[i][t] = _mm512_dpbusd_epi32(lo[i][t], xt, l);
             }
         }
     for (int i = 0; i < Q; i++)
-        for (int t = 0; t < 4; t++)
-            _mm512_storeu_si512(dots + (m0 + i) * KV_BLOCK + t * 16,
-                                _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(hi[i][t], 8), lo[i][t]), _mm512_set1_epi32(128 * q.sum[m0 + i])));
+        for (int t = 0; t < 4; t++) store_dots(dots, q, m0 + i, t, hi[i][t], lo[i][t]);
+}
+
+// The same for the M <= 4 queries of a decode step while codes are looked up: permutes have one port, and vpdpbusd two.
+template <int C, bool SIGN, int M> static void dots_of_few(int *dots, const CodeScratch &s, const CodePlanes &planes, int d) {
+    for (int t = 0; t < 4; t++) {
+        __m512i hi[M], lo[M];
+        for (int m = 0; m < M; m++) hi[m] = lo[m] = _mm512_setzero_si512();
+        for (int w = 0; w < d / C / 4; w++) {
+            const Codes k = load_codes(s.codes + (w * 4 + t) * 64);
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) {
+                const __m512i x = look_up<SIGN>(k, planes, c, s.signs + (w * 4 + t) * 64);
+                for (int m = 0; m < M; m++) {
+                    hi[m] = _mm512_dpbusd_epi32(hi[m], x, four_channels(s.queries, m, 0, d, w * C + c));
+                    lo[m] = _mm512_dpbusd_epi32(lo[m], x, four_channels(s.queries, m, 1, d, w * C + c));
+                }
+            }
+        }
+        for (int m = 0; m < M; m++) store_dots(dots, s.queries, m, t, hi[m], lo[m]);
+    }
+}
+template <int C, bool SIGN> static void dots_of_few(int *dots, const CodeScratch &s, const CodePlanes &planes, int d, int M) {
+    if (M == 1) dots_of_few<C, SIGN, 1>(dots, s, planes, d);
+    if (M == 2) dots_of_few<C, SIGN, 2>(dots, s, planes, d);
+    if (M == 3) dots_of_few<C, SIGN, 3>(dots, s, planes, d);
+    if (M == 4) dots_of_few<C, SIGN, 4>(dots, s, planes, d);
 }
 
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
-    const int W = f.d / f.channels / 4;
-    deal(s.codes, s.other, f.code, W);
-    if (f.sign) deal(s.signs, s.other, f.sign, W);
-    look_up(s, planes_of(format, true), f, 4);
+    const CodePlanes &planes = planes_of(format, true);
+    deal(s.codes, s.other, f.code, f.d / f.channels / 4);
+    if (f.sign) deal(s.signs, s.other, f.sign, f.d / f.channels / 4);
+    if (M <= 4) {
+        if (f.sign) dots_of_few<8, true>(dots, s, planes, f.d, M);
+        else if (f.channels == 8) dots_of_few<8, false>(dots, s, planes, f.d, M);
+        else if (f.channels == 4) dots_of_few<4, false>(dots, s, planes, f.d, M);
+        else dots_of_few<2, false>(dots, s, planes, f.d, M);
+        return;
+    }
+    look_up_block(s, planes, f, 4);
     int m = 0;
     for (; m + 2 <= M; m += 2) dots_of<2>(dots, s.x, s.queries, m, f.d);
     if (m < M) dots_of<1>(dots, s.x, s.queries, m, f.d);
@@ -237,7 +282,7 @@ void code_weighted(int *sums, CodeScratch &s, const uint16_t *w, int M, KvFormat
     const int d = f.d, C = f.channels, n_codes = d / C, groups = n_codes == 8 ? 8 : 16;
     turn(s.codes, f.code, n_codes);
     if (f.sign) turn(s.signs, f.sign, n_codes);
-    look_up(s, planes_of(format, false), f, groups);
+    look_up_block(s, planes_of(format, false), f, groups);
     int m = 0;
     for (; m + 4 <= M; m += 4) weighted<4>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
     if (M - m == 3) weighted<3>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
