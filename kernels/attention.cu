@@ -187,6 +187,9 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
         }
+        if (k_fast && v_fast && i + 1 < task.coded_end)    // blocks of a sequence lie apart: nobody else fetches the next one
+            for (auto [next, bytes] : {std::make_pair(kv.k_block(layer, step.slot, task.h, i + 1), kv.k_block_bytes), std::make_pair(kv.v_block(layer, step.slot, task.h, i + 1), kv.v_block_bytes)})
+                for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(next + at);
         // scores
         if (k_fast) code_scores(s.score.data(), s.codes, s.q.data(), M, stride, kv.k_format, d, kv.k_block(layer, step.slot, task.h, i), kv.rope, i);
         else if (s.k.has_plain && !s.k.turned)
