@@ -132,10 +132,49 @@ TEST_CASE("attention over codes against rows rebuilt in f64: formats, G, lengths
         }
 }
 
+TEST_CASE("attention over codes: keys and values with means, every G, the head dimensions of the integer kernels") {
+    const KvFormat formats[] = {KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b};
+    for (int f = 0; f < 4; f++)
+        for (int d : {64, 128, 256})
+            for (int G : {1, 2, 5, 8}) {
+                if (d == 256 && G != 2 && G != 5) continue;
+                const int length = 259;
+                Sequences s(attention_config(1, G, d), {length}, {formats[f], formats[(f + G) % 4]}, d + G);
+                for (int t = 0; t < length; t++)
+                    for (int c = 0; c < d; c++) s.k[0][t * d + c] += 2.0f * std::sin(0.7f * c), s.v[0][t * d + c] += std::cos(0.3f * c);
+                std::vector<std::vector<float>> ref = s.y;
+                std::vector<int> done = {length - 6};
+                s.lengths[0] = done[0];
+                s.run(128);
+                s.lengths[0] = length;
+                s.step(done, 1, &ref);      // decode
+                s.step(done, 512, &ref);    // prefill
+                INFO(std::string(kv_format_name(formats[f])), "/", std::string(kv_format_name(formats[(f + G) % 4])), " G ", G, " d ", d);
+                const std::vector<float> got(s.y[0].end() - 6 * G * d, s.y[0].end()), want(ref[0].end() - 6 * G * d, ref[0].end());
+                CHECK(relative_l2(got, want) < CODES_BOUND);
+            }
+}
+
+TEST_CASE("attention over codes: a NaN in a query stays in its row and head") {
+    const int d = 64, G = 2, length = 200;
+    Sequences clean(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b}), s(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b});
+    s.q[0][(150 * G + 1) * d + 3] = NAN;
+    for (int c = 0; c < d; c++) clean.q[0][160 * G * d + c] = s.q[0][160 * G * d + c] = 0.0f;    // and a row of zeros: the mean of what it sees
+    clean.run(64), s.run(64);
+    for (int n = 0; n < length; n++)
+        for (int h = 0; h < G; h++) {
+            const float *got = &s.y[0][(n * G + h) * d];
+            if (n == 150 && h == 1) CHECK(std::isnan(got[0]));
+            else CHECK(same_bits(got, &clean.y[0][(n * G + h) * d], d));
+        }
+    CHECK(std::isfinite(s.y[0][160 * G * d]));
+}
+
 TEST_CASE("attention: prefill of any step size, decode, batch neighbours and threads give the same bits") {
+    for (int d : {24, 64, 128})    // 64, 128: the integer kernels
     for (KvOptions o : CACHES) {
-        const Config c = attention_config(2, 3, 24);
-        const std::vector<int> lengths = {1089, 5, 200, 64, 129};
+        const Config c = attention_config(2, 3, d);
+        const std::vector<int> lengths = d == 24 ? std::vector<int>{1089, 5, 200, 64, 129} : std::vector<int>{331, 5, 129};
         Sequences want(c, lengths, o);
         want.run(512);
         const int threads = omp_get_max_threads();
