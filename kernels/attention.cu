@@ -168,6 +168,10 @@ static void add_weighted(float *y, const float *p, const float *x, int M, int n,
     }
 }
 
+static void prefetch(const void *p, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch((const char *)p + at);
+}
+
 // The integer kernels' channels a byte for one side of the cache, 0 where tiles are widened instead.
 static int fast_channels(const KvView &kv, bool key) { return kv.ablate ? 0 : code_channels(key ? kv.k_format : kv.v_format, kv.d); }
 
@@ -187,9 +191,11 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);
         }
-        if (k_fast && v_fast && i + 1 < task.coded_end)    // blocks of a sequence lie apart: nobody else fetches the next one
-            for (auto [next, bytes] : {std::make_pair(kv.k_block(layer, step.slot, task.h, i + 1), kv.k_block_bytes), std::make_pair(kv.v_block(layer, step.slot, task.h, i + 1), kv.v_block_bytes)})
-                for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(next + at);
+        if (sealed && i + 1 < task.coded_end) {    // the next one's bytes: blocks of a sequence lie apart, so nothing else asks for them
+            prefetch(kv.rope.base + (int64_t)(i + 1) * d, d * sizeof(float));
+            if (k_fast) prefetch(kv.k_block(layer, step.slot, task.h, i + 1), kv.k_block_bytes);
+            if (v_fast) prefetch(kv.v_block(layer, step.slot, task.h, i + 1), kv.v_block_bytes);
+        }
         // scores
         if (k_fast) code_scores(s.score.data(), s.codes, s.q.data(), M, stride, kv.k_format, d, kv.k_block(layer, step.slot, task.h, i), kv.rope, i);
         else if (s.k.has_plain && !s.k.turned)
@@ -216,7 +222,7 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
             }
             f32x16 largest = splat16(to.m[m]), sum = splat16(0.0f);
             for (int t = 0; t < KV_BLOCK; t += LANES) largest = max16(largest, load16(p + t));
-            const float top = largest16(largest), a = expf(to.m[m] - top);
+            const float top = largest16(largest), a = top == to.m[m] && top > -INFINITY ? 1.0f : expf(to.m[m] - top);
             for (int t = 0; t < KV_BLOCK; t += LANES) {
                 const f32x16 e = exp16(load16(p + t) + splat16(-top));
                 store16(p + t, e);

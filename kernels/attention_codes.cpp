@@ -53,7 +53,7 @@ void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnField
     }
 }
 
-void code_weighted(int *sums, CodeScratch &, const uint16_t *w, int M, KvFormat format, const NsnFields &f) {
+void code_weighted(int *sums, CodeScratch &, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
     int channel[MAX_HEAD_DIM];
     for (int i = 0; i < f.d; i++) channel[i] = code_channel(i, f.d, f.channels);
     std::fill(sums, sums + (size_t)M * f.d, 0);
@@ -61,8 +61,10 @@ void code_weighted(int *sums, CodeScratch &, const uint16_t *w, int M, KvFormat 
         int16_t x[MAX_HEAD_DIM], y[MAX_HEAD_DIM];
         codewords(x, format, f, t);
         for (int i = 0; i < f.d; i++) y[i] = x[channel[i]];
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < f.d; i++) sums[(size_t)m * f.d + i] += w[m * KV_BLOCK + t] * y[i];
+        for (int m = 0; m < M; m++) {
+            const int weight = w[m * 2 * KV_BLOCK + t] * 256 + w[(m * 2 + 1) * KV_BLOCK + t];
+            for (int i = 0; i < f.d; i++) sums[(size_t)m * f.d + i] += weight * y[i];
+        }
     }
 }
 }    // namespace portable
@@ -236,7 +238,7 @@ static void turn(uint8_t *to, const uint8_t *from, int n_codes) {
 }
 
 // Sums of Q queries and P rows of x (P, groups, 64); row r's go to to[r].
-template <int Q, int P> LANE_FUNCTION void weighted_of(int *sums, int64_t stride, int (&to)[P], const uint8_t *x, const uint8_t (*w)[2][KV_BLOCK], int groups) {
+template <int Q, int P> LANE_FUNCTION void weighted_of(int *sums, int64_t stride, int (&to)[P], const uint8_t *x, const uint8_t *w, int groups) {
     __m512i hi[Q][P], lo[Q][P];
     for (int i = 0; i < Q; i++)
         for (int r = 0; r < P; r++) hi[i][r] = lo[i][r] = _mm512_setzero_si512();
@@ -247,7 +249,7 @@ template <int Q, int P> LANE_FUNCTION void weighted_of(int *sums, int64_t stride
                 if (groups == 8) return memcpy(&x, w + 8 * g, 8), _mm512_set1_epi64(x);
                 return memcpy(&x, w + 4 * g, 4), _mm512_set1_epi32((int)x);
             };
-            const __m512i h = four_tokens(w[i][0]), l = four_tokens(w[i][1]);
+            const __m512i h = four_tokens(w + i * 2 * KV_BLOCK), l = four_tokens(w + (i * 2 + 1) * KV_BLOCK);
             for (int r = 0; r < P; r++) {
                 const __m512i xr = _mm512_load_si512(x + (r * groups + g) * 64);
                 hi[i][r] = _mm512_dpbusd_epi32(hi[i][r], h, xr), lo[i][r] = _mm512_dpbusd_epi32(lo[i][r], l, xr);
@@ -261,33 +263,26 @@ template <int Q, int P> LANE_FUNCTION void weighted_of(int *sums, int64_t stride
         }
 }
 
-template <int Q> static void weighted(int *sums, const uint8_t *x, const uint16_t *w, int d, int C) {
+template <int Q> static void weighted(int *sums, const uint8_t *x, const uint8_t *w, int d, int C) {
     const int n_codes = d / C, lanes = std::min(16, n_codes), groups = n_codes == 8 ? 8 : 16;
-    alignas(64) uint8_t split[Q][2][KV_BLOCK];
-    for (int i = 0; i < Q; i++)
-        for (int t = 0; t < KV_BLOCK; t += 32) {
-            const __m512i v = _mm512_loadu_si512(w + i * KV_BLOCK + t);
-            _mm256_store_si256((__m256i *)&split[i][0][t], _mm512_cvtepi16_epi8(_mm512_srli_epi16(v, 8)));
-            _mm256_store_si256((__m256i *)&split[i][1][t], _mm512_cvtepi16_epi8(v));
-        }
     constexpr int P = Q > 2 ? 2 : 4;    // enough sums that none waits for itself, few enough for 32 registers
     for (int r = 0; r < d / lanes; r += P) {    // row r: chunk r / C, channel r % C
         int to[P];
         for (int i = 0; i < P; i++) to[i] = (r + i) % C * n_codes + (r + i) / C * lanes;
-        if (groups == 16) weighted_of<Q>(sums, d, to, x + r * 1024, split, 16); else weighted_of<Q>(sums, d, to, x + r * 512, split, 8);
+        if (groups == 16) weighted_of<Q>(sums, d, to, x + r * 1024, w, 16); else weighted_of<Q>(sums, d, to, x + r * 512, w, 8);
     }
 }
 
-void code_weighted(int *sums, CodeScratch &s, const uint16_t *w, int M, KvFormat format, const NsnFields &f) {
+void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
     const int d = f.d, C = f.channels, n_codes = d / C, groups = n_codes == 8 ? 8 : 16;
     turn(s.codes, f.code, n_codes);
     if (f.sign) turn(s.signs, f.sign, n_codes);
     look_up_block(s, planes_of(format, false), f, groups);
     int m = 0;
-    for (; m + 4 <= M; m += 4) weighted<4>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
-    if (M - m == 3) weighted<3>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
-    if (M - m == 2) weighted<2>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
-    if (M - m == 1) weighted<1>(sums + (size_t)m * d, s.x, w + m * KV_BLOCK, d, C);
+    for (; m + 4 <= M; m += 4) weighted<4>(sums + (size_t)m * d, s.x, w + m * 2 * KV_BLOCK, d, C);
+    if (M - m == 3) weighted<3>(sums + (size_t)m * d, s.x, w + m * 2 * KV_BLOCK, d, C);
+    if (M - m == 2) weighted<2>(sums + (size_t)m * d, s.x, w + m * 2 * KV_BLOCK, d, C);
+    if (M - m == 1) weighted<1>(sums + (size_t)m * d, s.x, w + m * 2 * KV_BLOCK, d, C);
 }
 }    // namespace avx512
 namespace fastest = avx512;
@@ -301,7 +296,7 @@ constexpr float TINY = 1e-30f;    // below this the largest number of a row coun
 void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stride) {
     CodeQueries &q = s.queries;
     q.value.resize((size_t)M * d), q.hi.resize((size_t)M * d), q.lo.resize((size_t)M * d), q.unit.resize(M), q.sum.resize(M);
-    s.sums.resize((size_t)M * std::max(d, KV_BLOCK)), s.weights.resize((size_t)M * KV_BLOCK), s.factors.resize(M);
+    s.sums.resize((size_t)M * std::max(d, KV_BLOCK)), s.weights.resize((size_t)M * 2 * KV_BLOCK), s.factors.resize(M);
     s.z.resize((size_t)M * d), s.mean_score.resize((size_t)M * KV_BLOCK);
     for (int m = 0; m < M; m++) {
         const float *x = Rq + (int64_t)m * stride;
@@ -357,16 +352,14 @@ template <int R> LANE_FUNCTION void mean_scores_of(float *score, const float *z,
         }
     }
     for (int r = 0; r < R; r++) {
-        float back[33];    // of token 32 - u
-        for (int i = 0; i < 2; i++) store16(score + r * KV_BLOCK + 32 + i * LANES, P[r][i] + Q[r][i]), store16(back + i * LANES, P[r][i] + splat16(-1.0f) * Q[r][i]);
-        f32x16 first = splat16(0.0f);    // token 0, u = 32
+        const f32x16 minus = splat16(-1.0f);
         const float *angle = rope.step + 32 * d;
-        for (int j = 0; j < half; j += LANES) {
-            add_product(first, load16(angle + j), load16(z + r * d + j));
-            add_product(first, splat16(-1.0f) * load16(angle + half + j), load16(z + r * d + half + j));
-        }
-        back[32] = sum16(first);
-        store16(score + r * KV_BLOCK, reverse16(load16(back + 17))), store16(score + r * KV_BLOCK + LANES, reverse16(load16(back + 1)));
+        f32x16 cosines = splat16(0.0f), sines = cosines;    // token 0, u = 32
+        for (int j = 0; j < half; j += LANES) add_product(cosines, load16(angle + j), load16(z + r * d + j)), add_product(sines, load16(angle + half + j), load16(z + r * d + half + j));
+        float *to = score + r * KV_BLOCK;
+        to[0] = sum16(cosines + minus * sines);
+        for (int i = 0; i < 2; i++) store16(to + 17 - i * LANES, reverse16(P[r][i] + minus * Q[r][i]));    // of token 32 - u; token 32 comes again
+        for (int i = 0; i < 2; i++) store16(to + 32 + i * LANES, P[r][i] + Q[r][i]);
     }
 }
 
@@ -424,7 +417,7 @@ void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFo
         const f32x16 inverse = splat16(top > TINY ? 65535.0f / top : 0.0f);
         for (int i = 0; i < KV_BLOCK / LANES; i++) {
             const f32x16 x = truncate16(w[i] * inverse + splat16(0.5f));
-            store16(&s.weights[m * KV_BLOCK + i * LANES], x), sum = sum + x;
+            store16(&s.weights[m * 2 * KV_BLOCK + i * LANES], &s.weights[(m * 2 + 1) * KV_BLOCK + i * LANES], x), sum = sum + x;
         }
         s.factors[m] = {top > TINY ? top / 65535.0f : 0.0f, 0.5f * sum16(sum), sum16(of_mean)};    // sum: whole numbers below 2^22, exact
     }

@@ -54,7 +54,7 @@ struct CodePlanes { alignas(64) uint8_t byte[8][256]; };
 struct CodeScratch {
     CodeQueries queries;
     std::vector<int> sums;                // (M, KV_BLOCK) scores or (M, d) values
-    std::vector<uint16_t> weights;        // (M, KV_BLOCK)
+    std::vector<uint8_t> weights;         // (M, 2, KV_BLOCK), high bytes and low bytes
     struct Factors { float unit, half, mean; };
     std::vector<Factors> factors;         // (M) of the weights: their unit, half their sum, sum_t p[t] s1[t]
     std::vector<float> z, mean_score;     // (M, d), (M, KV_BLOCK)
@@ -75,14 +75,15 @@ void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFo
 // From plane by plane to channel order, in place.
 void codes_in_order(float *x, int d, int C);
 
-// The integers.  dots[m,t] = sum_c value[m,c] x_t[c];  sums[m,i] = sum_t w[m,t] x_t[code_channel(i)].
+// The integers.  dots[m,t] = sum_c value[m,c] x_t[c];  sums[m,i] = sum_t w[m,t] x_t[code_channel(i)],
+// w (M, 2, KV_BLOCK) in bytes.
 int code_channel(int i, int d, int C);
 namespace portable {
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f);
-void code_weighted(int *sums, CodeScratch &s, const uint16_t *w, int M, KvFormat format, const NsnFields &f);
+void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f);
 }    // namespace portable
 namespace avx512 {    // defined where HAVE_AVX512_CODES
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f);
-void code_weighted(int *sums, CodeScratch &s, const uint16_t *w, int M, KvFormat format, const NsnFields &f);
+void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f);
 }    // namespace avx512
 }    // namespace cpu

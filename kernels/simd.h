@@ -83,12 +83,14 @@ LANE_FUNCTION f32x16 load16_nibbles(const uint8_t *p) {
 LANE_FUNCTION void store16(float *p, f32x16 x) {
     for (int i = 0; i < PARTS; i++) *(vn_in_memory *)(p + i * NATIVE) = x.part[i];
 }
-// Whole numbers of 0..65535.
-LANE_FUNCTION void store16(uint16_t *p, f32x16 x) {
+// Whole numbers of 0..65535, in two bytes.
+LANE_FUNCTION void store16(uint8_t *high, uint8_t *low, f32x16 x) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i *)p, _mm512_maskz_cvtepi32_epi16(0xffff, _mm512_maskz_cvttps_epi32(0xffff, (__m512)x.part[0])));
+    const __m512i v = _mm512_maskz_cvttps_epi32(0xffff, (__m512)x.part[0]);
+    _mm_storeu_si128((__m128i *)high, _mm512_maskz_cvtepi32_epi8(0xffff, _mm512_maskz_srli_epi32(0xffff, v, 8)));
+    _mm_storeu_si128((__m128i *)low, _mm512_maskz_cvtepi32_epi8(0xffff, v));
 #else
-    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)x.part[i / NATIVE][i % NATIVE];
+    for (int i = 0; i < LANES; i++) high[i] = (uint8_t)((int)x.part[i / NATIVE][i % NATIVE] >> 8), low[i] = (uint8_t)(int)x.part[i / NATIVE][i % NATIVE];
 #endif
 }
 LANE_FUNCTION f32x16 truncate16(f32x16 x) {

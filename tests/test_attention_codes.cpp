@@ -53,8 +53,8 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                         for (int c = 0; c < M * d; c++) q[c] = x(0, c % d) < 0 ? -3.0f : 3.0f;
                     cpu::CodeScratch s;
                     cpu::code_queries(s, q.data(), M, d, C, d);
-                    std::vector<uint16_t> w((size_t)M * KV_BLOCK);
-                    for (uint16_t &e : w) e = extreme ? 65535 : (uint16_t)rng();
+                    std::vector<uint8_t> w((size_t)M * 2 * KV_BLOCK);
+                    for (uint8_t &e : w) e = extreme ? 255 : (uint8_t)rng();
                     std::vector<int> dots((size_t)M * KV_BLOCK), sums((size_t)M * d), got_dots(dots.size()), got_sums(sums.size());
                     for (int m = 0; m < M; m++) {
                         for (int t = 0; t < KV_BLOCK; t++) {
@@ -65,7 +65,7 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                         }
                         for (int i = 0; i < d; i++) {
                             int64_t sum = 0;
-                            for (int t = 0; t < KV_BLOCK; t++) sum += (int64_t)w[m * KV_BLOCK + t] * x(t, cpu::code_channel(i, d, C));
+                            for (int t = 0; t < KV_BLOCK; t++) sum += (int64_t)(w[m * 2 * KV_BLOCK + t] * 256 + w[(m * 2 + 1) * KV_BLOCK + t]) * x(t, cpu::code_channel(i, d, C));
                             sums[(size_t)m * d + i] = (int)sum;
                             CHECK(sums[(size_t)m * d + i] == sum);
                         }
