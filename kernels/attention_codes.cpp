@@ -168,21 +168,26 @@ template <int Q> static void dots_of(int *dots, const uint8_t *x, const CodeQuer
 
 // The same for the M <= 4 queries of a decode step while codes are looked up: permutes have one port, and vpdpbusd two.
 template <int C, bool SIGN, int M> static void dots_of_few(int *dots, const CodeScratch &s, const CodePlanes &planes, int d) {
-    for (int t = 0; t < 4; t++) {
-        __m512i hi[M], lo[M];
-        for (int m = 0; m < M; m++) hi[m] = lo[m] = _mm512_setzero_si512();
+    constexpr int T = M > 2 ? 2 : 4;    // registers of tokens at a time: as many sums as registers hold
+    for (int t0 = 0; t0 < 4; t0 += T) {
+        __m512i hi[M][T], lo[M][T];
+        for (int m = 0; m < M; m++)
+            for (int t = 0; t < T; t++) hi[m][t] = lo[m][t] = _mm512_setzero_si512();
         for (int w = 0; w < d / C / 4; w++) {
-            const Codes k = load_codes(s.codes + (w * 4 + t) * 64);
+            Codes k[T];
+            for (int t = 0; t < T; t++) k[t] = load_codes(s.codes + (w * 4 + t0 + t) * 64);
 #pragma GCC unroll 8
             for (int c = 0; c < C; c++) {
-                const __m512i x = look_up<SIGN>(k, planes, c, s.signs + (w * 4 + t) * 64);
+                __m512i x[T];
+                for (int t = 0; t < T; t++) x[t] = look_up<SIGN>(k[t], planes, c, s.signs + (w * 4 + t0 + t) * 64);
                 for (int m = 0; m < M; m++) {
-                    hi[m] = _mm512_dpbusd_epi32(hi[m], x, four_channels(s.queries, m, 0, d, w * C + c));
-                    lo[m] = _mm512_dpbusd_epi32(lo[m], x, four_channels(s.queries, m, 1, d, w * C + c));
+                    const __m512i h = four_channels(s.queries, m, 0, d, w * C + c), l = four_channels(s.queries, m, 1, d, w * C + c);
+                    for (int t = 0; t < T; t++) hi[m][t] = _mm512_dpbusd_epi32(hi[m][t], x[t], h), lo[m][t] = _mm512_dpbusd_epi32(lo[m][t], x[t], l);
                 }
             }
         }
-        for (int m = 0; m < M; m++) store_dots(dots, s.queries, m, t, hi[m], lo[m]);
+        for (int m = 0; m < M; m++)
+            for (int t = 0; t < T; t++) store_dots(dots, s.queries, m, t0 + t, hi[m][t], lo[m][t]);
     }
 }
 template <int C, bool SIGN> static void dots_of_few(int *dots, const CodeScratch &s, const CodePlanes &planes, int d, int M) {
