@@ -15,8 +15,9 @@
    Order     The blocks of SEGMENT x 64 tokens are added to one triple in order, then segments in order.  That order is the
              same for one row and for many, and for any number of threads.
    Work      A task is up to ROW_TILE rows of one block of positions (so they agree on what is coded) and one kv head.  A
-             cached block is widened to a tile of f32 once for all their G queries.  When there are fewer tasks than threads
-             can use, the segments of a task run in parallel.
+             cached block is widened to a tile of f32 once for all their G queries (attention_tile.h); NSN codes are not widened
+             but multiplied as integers (attention_codes.h).  When there are fewer tasks than threads can use, the segments
+             of a task run in parallel.
    Cost      4 d flops a token and query head, plus 6 d a token and kv head for turning and widening.
    Limits    d a multiple of 8, at most 256; Hq a multiple of Hkv.
    Tested by tests/test_attention.cpp                                                                               */

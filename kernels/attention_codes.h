@@ -21,12 +21,17 @@
 // so 64 tokens take d/2 x 64 multiply-adds a query, half of what row by row takes.
 //
 // Error   q to 2^-16 of its largest channel, weights to 2^-17 of the block's largest; everything between is exact.
-// Work    64 tokens, d = 128, 4 queries: 512 + 512 byte permutes to look up, 96 + 32 .. to arrange codes, 1,024 + 1,024 vpdpbusd,
-//         1,024 multiply-adds of 16 lanes for means; fp16 rows take 4,096 of those, 1,024 conversions and 512 turns.
+// Work    64 tokens, d = 128, 4 queries: 1,024 byte permutes to look up, 100 to 300 to arrange codes, 2,048 vpdpbusd and, for
+//         means, 1,024 multiply-adds of 16 lanes; fp16 rows take 4,096 of those, 1,024 conversions and 512 turns of keys.
+//         A decode step looks keys up while it multiplies; more than 4 queries share codewords that are looked up once.
+// Cost    nsn2b, that block: 2.4 us on one core at 2.4 GHz, where fp16 rows take 6.5.  Of it: scores 20% (the mean 15%), keys'
+//         codes 20%, values' 25%, softmax 12%, rounding of weights 8%, scales 5%.  The bound of their ports is about half of it.
 // Limits  d = 64, 128 or 256, 8 to 128 codes a token; other dimensions are widened (attention_tile.h).
+//         Tried: AMX tiles for both products, then for values alone (13% slower for 4 queries: 16 rows take as long as 8, and
+//         loads wait for codewords just stored); codewords in token order, sums folded across lanes (1.3 times the dots).
 //
 // Sums over values stand plane by plane until codes_in_order().
-// Tested by tests/test_attention_codes.cpp
+// Tested by tests/test_attention_codes.cpp and test_attention.cpp                  Timed by tests/bench_attention.cpp
 #pragma once
 #include <vector>
 #include "kv_block.h"
@@ -82,7 +87,7 @@ namespace portable {
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f);
 void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f);
 }    // namespace portable
-namespace avx512 {    // defined where HAVE_AVX512_CODES
+namespace avx512 {    // attention_codes_avx512.cpp, where HAVE_AVX512_CODES
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f);
 void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f);
 }    // namespace avx512
