@@ -24,11 +24,13 @@
 // Work    64 tokens, d = 128, 4 queries: 1,024 byte permutes to look up, 100 to 300 to arrange codes, 2,048 vpdpbusd and, for
 //         means, 1,024 multiply-adds of 16 lanes; fp16 rows take 4,096 of those, 1,024 conversions and 512 turns of keys.
 //         A decode step looks keys up while it multiplies; more than 4 queries share codewords that are looked up once.
-// Cost    nsn2b, that block: 2.4 us on one core at 2.4 GHz, where fp16 rows take 6.5.  Of it: scores 20% (the mean 15%), keys'
-//         codes 20%, values' 25%, softmax 12%, rounding of weights 8%, scales 5%.  The bound of their ports is about half of it.
+// Cost    nsn2b, that block: 2.4 us on one core at 2.4 GHz, 5,800 clocks, where fp16 rows take 6.5 us; permutes and multiply-adds
+//         need 2,050 on two ports.  Scores of means and all else that makes a score 20%, keys' codes 20%, values' codes 25%, softmax
+//         12%, rounding of weights and adding sums 8%, scales 5%.
 // Limits  d = 64, 128 or 256, 8 to 128 codes a token; other dimensions are widened (attention_tile.h).
-//         Tried: AMX tiles for both products, then for values alone (13% slower for 4 queries: 16 rows take as long as 8, and
-//         loads wait for codewords just stored); codewords in token order, sums folded across lanes (1.3 times the dots).
+//         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
+//         that were just stored), or for values alone (11%).
+//         Tried: codewords in token order, lanes of a token folded afterwards (84 more instructions a query).
 //
 // Sums over values stand plane by plane until codes_in_order().
 // Tested by tests/test_attention_codes.cpp and test_attention.cpp                  Timed by tests/bench_attention.cpp
