@@ -137,20 +137,20 @@ TEST_CASE("attention over codes: keys and values with means, every G, the head d
     for (int f = 0; f < 4; f++)
         for (int d : {64, 128, 256})
             for (int G : {1, 2, 5, 8}) {
-                if (d == 256 && G != 2 && G != 5) continue;
-                const int length = 259;
+                if (d == 256 ? G != 5 : (G + f) % 2 == d / 64 % 2) continue;    // the reference takes its time
+                const int length = 195;
                 Sequences s(attention_config(1, G, d), {length}, {formats[f], formats[(f + G) % 4]}, d + G);
                 for (int t = 0; t < length; t++)
                     for (int c = 0; c < d; c++) s.k[0][t * d + c] += 2.0f * std::sin(0.7f * c), s.v[0][t * d + c] += std::cos(0.3f * c);
                 std::vector<std::vector<float>> ref = s.y;
-                std::vector<int> done = {length - 6};
+                std::vector<int> done = {length - 4};
                 s.lengths[0] = done[0];
                 s.run(128);
                 s.lengths[0] = length;
                 s.step(done, 1, &ref);      // decode
                 s.step(done, 512, &ref);    // prefill
                 INFO(std::string(kv_format_name(formats[f])), "/", std::string(kv_format_name(formats[(f + G) % 4])), " G ", G, " d ", d);
-                const std::vector<float> got(s.y[0].end() - 6 * G * d, s.y[0].end()), want(ref[0].end() - 6 * G * d, ref[0].end());
+                const std::vector<float> got(s.y[0].end() - 4 * G * d, s.y[0].end()), want(ref[0].end() - 4 * G * d, ref[0].end());
                 CHECK(relative_l2(got, want) < CODES_BOUND);
             }
 }
@@ -171,10 +171,12 @@ TEST_CASE("attention over codes: a NaN in a query stays in its row and head") {
 }
 
 TEST_CASE("attention: prefill of any step size, decode, batch neighbours and threads give the same bits") {
-    for (int d : {24, 64, 128})    // 64, 128: the integer kernels
+    for (int d : {24, 64, 128})
     for (KvOptions o : CACHES) {
-        const Config c = attention_config(2, 3, d);
-        const std::vector<int> lengths = d == 24 ? std::vector<int>{1089, 5, 200, 64, 129} : std::vector<int>{331, 5, 129};
+        const bool integers = o.k_format != KvFormat::f16 && o.v_format != KvFormat::f16;
+        if (d > 24 && (!integers || (d == 128 && o.sink == 0))) continue;    // 64, 128: what the integer kernels take
+        const Config c = attention_config(d == 24 ? 2 : 1, 3, d);
+        const std::vector<int> lengths = d == 24 ? std::vector<int>{1089, 5, 200, 64, 129} : std::vector<int>{200, 5};
         Sequences want(c, lengths, o);
         want.run(512);
         const int threads = omp_get_max_threads();
