@@ -11,7 +11,8 @@
              values of these.
              Tried: a kernel of its own that turns and rounds queries (16.1 us for 13.8: 32 heads, 4,096 tokens); wo prefetched to L2 beside
              it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179; the first fp16 rows
-             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7).
+             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7); a rehearsal with any numbers while the inputs are awaited, so that
+             instructions and rows are near (178.2 tok/s for 178.1, Llama-2-7B 197.8 for 198.4).
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
              because so many fill the GPU with longer parts.  Steps with more rows a slot add up in other orders.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.

@@ -280,13 +280,13 @@ __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part,
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int q = rank; q < n; q += warps) {
-        float m = -INFINITY, l = 0, o[D / 32] = {};
-        for (int w = 0; w < warps; w++) m = fmaxf(m, result(w).ml[q].x);
+        const float2 ml = lane < warps ? result(lane).ml[q] : make_float2(-INFINITY, 0);
+        const float m = warp_max(ml.x), weight = merge_weight(ml.x, m), l = warp_sum(ml.y * weight);
+        float o[D / 32] = {};
+#pragma unroll 4    // their loads are on their way together
         for (int w = 0; w < warps; w++) {
-            const WarpResult<D, Q> &r = result(w);
-            const float weight = merge_weight(r.ml[q].x, m);
-            l = fmaf(r.ml[q].y, weight, l);
-            for (int c = 0; c < D / 32; c++) o[c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[c]);
+            const float of_warp = __shfl_sync(~0u, weight, w);
+            for (int c = 0; c < D / 32; c++) o[c] = fmaf(result(w).o[q][D / 32 * lane + c], of_warp, o[c]);
         }
         finish_part<D>(a, first + q, part, parts, m, l, o);
     }

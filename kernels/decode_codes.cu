@@ -18,7 +18,8 @@
                64 K  row k: codeword k, one copy a lane (pair), 128 bytes | V's, or E and the token factors if K and V are alike
                128 K warps ...                                  a warp: z, 2 blocks, token factors (if K and V differ), 4 means
    Cost      nsn2b, d 128, ncu: 1,160 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
-             3.06 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 71.5 us, 68.4 with all codes in L2, so it is bound by its own work: some
+             3.06 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 70.4 us (72.3 with 32 tokens in the open block, and 68.4 then with all
+             codes in L2), so it is bound by its own work: some
              480 clocks a block, 2.3 instructions a clock; samples: issue 19%, fixed latencies 17%, other warps' turn 15%, shared
              memory 14%, global 10%, pipes 8%, barriers 4%.
              Tried: 10 warps (99 us when 12 took 92); warps that take the next of many small parts by a counter (103 to 139 for 96:
@@ -42,7 +43,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
-    auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2 delta, s1
+    auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2, s1
     const uint32_t weight_store = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
     const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the second of two blocks
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
@@ -58,7 +59,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
-        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y;
+        const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y;
         ring.load_second(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
@@ -105,8 +106,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
-                store_shared(factors, words(k1.x * k2.x * K::delta, k1.x, k1.y * k2.y * K::delta, k1.y));
-                store_shared(factors + 4 * S::ROW, words(v1.x * v2.x * V::delta, v1.x, v1.y * v2.y * V::delta, v1.y));
+                store_shared(factors, words(k1.x * k2.x, k1.x, k1.y * k2.y, k1.y));
+                store_shared(factors + 4 * S::ROW, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
@@ -218,7 +219,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(S::slots(warp));
         for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
 #pragma unroll
-        for (int c = 0; c < V_CHANNELS; c++) out[c] += 0.5f * w_sum;
+        for (int c = 0; c < V_CHANNELS; c++) out[c] = (out[c] + 0.5f * w_sum) * V::delta;
         hadamard_lanes<4>(out);
         for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c];
         __syncwarp();

@@ -11,8 +11,8 @@
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
    Memory    decode_codes.cu's without token factors; 8 means a warp, which have their place if K and V are alike.  Where z was: for each
              of four blocks the mean scores, a pair a lane, and behind them the weights of the block at work.
-   Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 117 us, 98
-             with all codes in L2; memory alone would take 96.  A warp waits for its copies 9% of the time.
+   Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 112.5 us
+             (117.6 with 32 tokens in the open block, and 98 then with all codes in L2); memory alone would take 96.  A warp waits for its copies 9% of the time.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).
@@ -21,15 +21,15 @@
 #include "decode_codes.cuh"
 namespace cuda {
 
-// Second scale and delta of tokens t and t + 8 of the field at `at`, and first ones.
-__device__ static float2 scales_of(uint32_t at, int t, const ScaleF16 *, float delta) {
+// Second scales of tokens t and t + 8 of the field at `at`, and first ones.
+__device__ static float2 scales_of(uint32_t at, int t, const ScaleF16 *) {
     const uint32_t from = at + 2 * t;
-    return make_float2(to_f32(load_shared<f16>(from)) * delta, to_f32(load_shared<f16>(from + 16)) * delta);
+    return make_float2(to_f32(load_shared<f16>(from)), to_f32(load_shared<f16>(from + 16)));
 }
-__device__ static float2 scales_of(uint32_t at, int t, const ScaleLog8 *, float delta) {
+__device__ static float2 scales_of(uint32_t at, int t, const ScaleLog8 *) {
     const uint32_t from = at + t, u = load_shared<uint8_t>(from), v = load_shared<uint8_t>(from + 8);
     const float2 grid = unpack(load_shared<uint32_t>(at + offsetof(ScaleLog8, step)));    // step, min
-    const float below = grid.y - grid.x + log2f(delta);
+    const float below = grid.y - grid.x;
     return make_float2(u ? exp2_fast(fmaf(grid.x, (float)u, below)) : 0.0f, v ? exp2_fast(fmaf(grid.x, (float)v, below)) : 0.0f);
 }
 __device__ static float2 first_norms_of(uint32_t at, int t) {
@@ -79,7 +79,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
-        const float unit = unit_sum.x, half_sum = unit_sum.x * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
+        const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
         ring.load_second(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
@@ -128,7 +128,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             }
             float score[2];
             {
-                const float2 s1 = first_norms_of(kb + offsetof(KB, s1), token), s2 = scales_of(kb + offsetof(KB, s2), token, &((KB *)nullptr)->s2, K::delta);
+                const float2 s1 = first_norms_of(kb + offsetof(KB, s1), token), s2 = scales_of(kb + offsetof(KB, s2), token, &((KB *)nullptr)->s2);
                 const float2 mean = load_shared<float2>(mean_load + j % 4 * S::MEAN_SCORES);
                 auto code = [&](int i) {
                     const int x = t & 1 ? dot[1][i] : dot[0][i], y = t & 1 ? dot[3][i] : dot[2][i];
@@ -148,7 +148,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int c = 0; c < C; c++) plain[c] *= old;
             }
             ring.wait_values();
-            const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2, V::delta);
+            const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2);
             const float p0 = exp2_fast(score[0] - m), p1 = exp2_fast(score[1] - m), weight0 = p0 * s1.x * s2.x, weight1 = p1 * s1.y * s2.y;
             l += p0 + p1;
             const float s1_sum = sum_below(fmaf(p0, s1.x, p1 * s1.y), first_norm_bound(vb + offsetof(VB, s1)) * 512);    // p <= 2^8
@@ -201,7 +201,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         __syncwarp();
         float sum[C];
         w_sum = warp_sum(w_sum);
-        for (int c = 0; c < C; c++) sum[c] = result.o[0][C * lane + c] + 0.5f * w_sum;
+        for (int c = 0; c < C; c++) sum[c] = (result.o[0][C * lane + c] + 0.5f * w_sum) * V::delta;
         hadamard_lanes(sum);
         finish_warp<S, 1>(a, p, scaled, m, warp_sum(l), [&](int, int c) { return sum[c] + plain[c]; });
     }

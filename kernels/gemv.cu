@@ -2,8 +2,8 @@
 
    y[n,o] = s[n] sum_i W[o,i] (g[i] x[n,i])          s[n] = 1 / sqrt( mean_i x[n,i]^2 + eps )
 
-   The norm's weights g and s are 1 where there is no norm, and for types other than f16 (matmul.cu calls rmsnorm).  Letters,
-   and what add and gated do with y, are matmul.cu's.
+   The norm's weights g and s are 1 where there is no norm, and for f32 and bf16 (matmul.cu calls rmsnorm); q8 and q4 are
+   matmul_groups.cu's.  Letters, and what add and gated do with y, are matmul.cu's.
 
    Math      f16, in a multiple of 8: tensor cores, x as a sum of two f16, sums in f32.  A product is linear, so s can wait: x is
              multiplied by g on its way in, its squares are added up beside the first outputs, and finished sums are scaled.

@@ -14,6 +14,8 @@
    On CUDA   Up to FEW_ROWS rows: kernels of ours at memory speed (gemv.cu), f32 activations, one order of addition for any
              number of rows; products of one x are one launch, and what is done with x (norm) and with a result (add, gate)
              happens where it is.
+             9 to 32 rows of f16 on an H100: a kernel of ours, too (gemm_batch.cu); x is rounded to f16, a row's bits are the same
+             in any of those steps.
              More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
              split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
              wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the

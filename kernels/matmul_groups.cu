@@ -10,9 +10,12 @@
              the scale multiplies them in f32.  A column's sum knows nothing of the others: the same bits for any N and any neighbours.
              q4 has codes from 0 to 15: the sum starts at -8 times that of x.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
-   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B in q4: 4.2 GB a step, 5.4 weights a ns at
-             3.06 TB/s, 24 a cycle and multiprocessor, so a group of 16 rows every 21 cycles.
-             Tried: codes as f16 and x as two f16, m16n8k16: twice the instructions; 1.6 TB/s where this has SPEED.
+   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 282 tok/s (72% of the read
+             bandwidth), q4 406 (58%).  A step of a warp, 4 groups of q4, takes 130 instructions and as many to ask for the next; loads
+             alone take four fifths of the time, products alone three quarters, x 4%.
+             Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; no hints to L2: 385 and 261
+             for 397 and 274; a warp's x kept in registers: q4 286, it does not fit; one unit for a row of x, not for a group: no
+             faster, but coarse; rows found from those of the tile before: 402 for 406.
    Layout    A warp takes 64 bytes of 16 rows at a time, 4 groups of q4 or 2 of q8, through a ring in shared memory that is filled
              before the kernel that makes x is done.  Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs
              4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of a group, of rows g and g + 8: for q4 the two halves of 4 bytes.
