@@ -19,6 +19,7 @@
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__
 #include <algorithm>
+#include <cstdlib>
 #include "gemv.cuh"
 namespace cuda {
 
@@ -234,6 +235,12 @@ template <int GROUPS> static void gemm_batch_of(const Products &p, const float *
 bool gemm_batch_serves(DType type, int N, int in) {    // starts_early: compute capability 9.0, which has clusters
     return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && starts_early && most_shared >= MOST_SHARED;
 }
-void gemm_batch(const Products &p, const float *x, int N, int in) { N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in); }
+bool gemm_batch(const Products &p, const float *x, int N, int in) {
+    constexpr int64_t FARTHEST = (int64_t)1 << 34;    // bytes from the first matrix to another: rows are found by 32-bit numbers of 16 bytes
+    for (int i = 1; i < MAX_PRODUCTS; i++)
+        if (p.out[i] > 0 && std::abs((const char *)p.W[i].data - (const char *)p.W[0].data) > FARTHEST) return false;
+    N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in);
+    return true;
+}
 }    // namespace cuda
 #endif

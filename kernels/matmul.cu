@@ -209,7 +209,7 @@ static void multiply(Products p, int n_products, const float *x, int N, int in, 
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && p.W[i].type == p.W[0].type;
     const bool few = N <= FEW_ROWS;
-    if (!few && same && gemm_batch_serves(p.W[0].type, N, in)) return gemm_batch(p, x, N, in);
+    if (!few && same && gemm_batch_serves(p.W[0].type, N, in) && gemm_batch(p, x, N, in)) return;
     if (p.norm.weight && !(few && same && gemv_norms(p.W[0].type, in))) {
         rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
         x = xn, p.norm = {};
