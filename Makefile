@@ -65,7 +65,7 @@ $(BUILD)/%.cu.cuda.o: %.cu
 .PRECIOUS: $(BUILD)/%.cpp.o $(BUILD)/%.cu.o $(BUILD)/%.cu.cuda.o $(BUILD)/tool-%
 
 ifeq ($(DEBUG),1)    # most of what the sanitized tests wait for, twice as fast
-$(BUILD)/kernels/matmul.cu.o: CXXFLAGS += -O2
+$(BUILD)/kernels/matmul.cu.o $(BUILD)/kernels/attention.cu.o: CXXFLAGS += -O2
 endif
 
 # The two header packages, from Debian or Ubuntu.

@@ -68,9 +68,10 @@ static void rebuild(double *x, KvFormat format, const uint8_t *block, const int8
 
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
     const int d = kv.d, G = Hq / kv.Hkv;
-    std::vector<double> p, x(d), out(d);
+#pragma omp parallel for schedule(dynamic)    // tests wait for it
     for (int n = 0; n < b.N; n++)
         for (int hq = 0; hq < Hq; hq++) {
+            std::vector<double> p, x(d), out(d);
             const int h = hq / G, slot = b.slot[n], pos0 = b.pos[b.first[n]];
             const int end = kv.coded_end(kv.exact_prefill ? pos0 : b.pos[n]);
             const float *qn = q + ((int64_t)n * Hq + hq) * d;
