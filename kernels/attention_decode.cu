@@ -11,8 +11,9 @@
              values of these.
              Tried: a kernel of its own that turns and rounds queries (16.1 us for 13.8: 32 heads, 4,096 tokens); wo prefetched to L2 beside
              it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179; the first fp16 rows
-             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7); a rehearsal with any numbers while the inputs are awaited, so that
-             instructions and rows are near (178.2 tok/s for 178.1, Llama-2-7B 197.8 for 198.4).
+             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7); its first rows and angles prefetched to L2 before the wait (Llama-3-8B in
+             f16 178.1 tok/s for 177.5, in nsn2b 176.1 for 175.3; with norms of the products), or a rehearsal with any numbers meanwhile,
+             so that instructions are near, too (178.2, Llama-2-7B 197.8 for 198.4): the next product's weights arrive in that time anyway.
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
              because so many fill the GPU with longer parts.  Steps with more rows a slot add up in other orders.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.
@@ -39,18 +40,15 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
+        if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
+        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
+        ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int i) -> const f16 * {
             if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i));
             return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i);
         };
-        int g = begin + warp;
-        if (!waited) {    // positions are there before the step's first kernel
-            if (g < end) prefetch_tokens<D>(a, rows_of(true, g / GROUPS), rows_of(false, g / GROUPS), g / GROUPS, g % GROUPS * GROUP, pos);
-            wait_for_inputs(), waited = true;
-        }
-        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
-        ExactTokens<D, Q> tokens;
         auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
+        int g = begin + warp;
         if (g < end) load_keys(g);
         for (int q = warp; q < Q; q += F16_WARPS) {
             float x[D / 32] = {};

@@ -199,16 +199,6 @@ template <int D, int Q> struct ExactTokens {
     }
 };
 
-// Of few rows, before their inputs are there: what ExactTokens reads of tokens t0 .. of a block, and what turns the query.
-template <int D> __device__ void prefetch_tokens(const DecodeArgs &a, const f16 *keys, const f16 *values, int block, int t0, int pos) {
-    if (a.b.N > FEW_ROWS) return;
-    const RopeTable &rope = a.kv.rope;
-    const int lane = threadIdx.x % 32, half = lane % 16;
-    if (half < GROUP * D / 64) prefetch((lane < 16 ? keys : values) + t0 * D + 64 * half);
-    if (lane < GROUP * D / 32) prefetch(rope.step + t0 * D + 32 * lane);
-    if (lane < D / 32) prefetch(rope.base + (int64_t)block * D + 32 * lane), prefetch(rope.base + (int64_t)(pos / KV_BLOCK) * D + 32 * lane), prefetch(rope.step + pos % KV_BLOCK * D + 32 * lane);
-}
-
 // ---- merging ------------------------------------------------------------------------------------------------
 // How many came before; what all of them wrote is there for the last one, which finds most, and makes the counter 0 again.
 __device__ inline unsigned arrive(unsigned *counter, unsigned most) {
@@ -275,18 +265,19 @@ template <int D, int Q> struct WarpResult {
     }
 };
 // Those of a team are merged in their order and handed on, a query by a warp.  result(w): warp w's.
+// Tried: a lane a warp's weight, four warps' sums on their way together: 12.3 us for 12.3 to 12.4 (32 heads, 4,096 tokens).
 template <int D, int Q, class Result>
 __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int rank, int warps, Result result) {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int q = rank; q < n; q += warps) {
-        const float2 ml = lane < warps ? result(lane).ml[q] : make_float2(-INFINITY, 0);
-        const float m = warp_max(ml.x), weight = merge_weight(ml.x, m), l = warp_sum(ml.y * weight);
-        float o[D / 32] = {};
-#pragma unroll 4    // their loads are on their way together
+        float m = -INFINITY, l = 0, o[D / 32] = {};
+        for (int w = 0; w < warps; w++) m = fmaxf(m, result(w).ml[q].x);
         for (int w = 0; w < warps; w++) {
-            const float of_warp = __shfl_sync(~0u, weight, w);
-            for (int c = 0; c < D / 32; c++) o[c] = fmaf(result(w).o[q][D / 32 * lane + c], of_warp, o[c]);
+            const WarpResult<D, Q> &r = result(w);
+            const float weight = merge_weight(r.ml[q].x, m);
+            l = fmaf(r.ml[q].y, weight, l);
+            for (int c = 0; c < D / 32; c++) o[c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[c]);
         }
         finish_part<D>(a, first + q, part, parts, m, l, o);
     }

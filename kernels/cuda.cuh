@@ -91,12 +91,6 @@ __device__ inline void wait_for_inputs() {
     cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
-// The 128 bytes there come to L2.  What a kernel reads after its wait, and nobody writes, is asked for before it, and before the weights
-// of this kernel or the next fill the memory's queue.
-__device__ inline void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ inline void prefetch_floats(const float *p, int n) {    // by a thread block
-    for (int i = threadIdx.x * 32; i < n; i += blockDim.x * 32) prefetch(p + i);
-}
 extern bool starts_early;    // the device can
 extern int sm_count;
 extern int most_shared;      // bytes of shared memory that a thread block can have: 227 KiB on an H100, 99 on many others

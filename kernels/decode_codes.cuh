@@ -26,14 +26,6 @@ struct Part {
     }
 };
 
-// A warp's groups of exact tokens: first, first + step ... of those of the sinks and then from coded_end on.
-struct ExactPart {
-    int first, step, groups, sink, coded;
-    __device__ ExactPart(const DecodeArgs &a, const Part &p)    // last warps have fewer blocks
-        : first(p.part + (p.team - 1 - p.rank) * p.parts), step(p.parts * p.team), groups((p.n_blocks - p.coded - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1), sink(a.kv.sink), coded(p.coded) {}
-    __device__ int block(int group) const { return group / GROUPS < sink ? group / GROUPS : group / GROUPS + coded; }
-};
-
 // The part's queries, each by a warp of the team (one query by every warp for itself): a lane's pairs of all of them, and column g of a
 // B operand of their integers, channels D/4 t + 4 i ..  Behind a head's last query comes that one again.  Returns (unit, half the sum of
 // the integers) of query t.
@@ -184,11 +176,6 @@ template <class K, class V, class S, int Q> struct Turns {
         if (one_task && !p.there()) return false;
         if (a.seals) wait_for_inputs();
         ring.start(a, p);
-        const ExactPart exact(a, p);
-        if (p.there() && exact.first < exact.groups) {
-            const int64_t rows = a.kv.exact_at(a.layer, p.slot, p.h, exact.block(exact.first));
-            prefetch_tokens<S::D>(a, a.kv.k_exact + rows, a.kv.v_exact + rows, exact.block(exact.first), exact.first % GROUPS * GROUP, p.pos);
-        }
         if (!one_task || p.coded > 0) tables.store();
         wait_for_inputs();
         return true;
@@ -208,12 +195,12 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
     const int n_queries = min(Q, a.G - p.q0);
     const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
     ExactTokens<D, Q> tokens;
-    const ExactPart exact(a, p);
+    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
 #pragma unroll 1
-    for (int i = exact.first; i < exact.groups; i += exact.step) {
-        const int block = exact.block(i), t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
+    for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {    // last warps have fewer blocks
+        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
         const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
-        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == exact.groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
+        const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);

@@ -12,7 +12,7 @@
              kernel that makes x is done.  Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs 8t ... 8t + 7 of a block of
              32, of rows g and g + 8: two mma.  x becomes f16 a step ahead and lies as the tensor core takes it.
    Cost      Llama-3-8B, 32 rows, ncu: gate and up 91 us (77 at the read bandwidth), down 52 (38), qkv 29 (16), wo 23 (11); without
-             products and x, weights alone, 88, 50, 28 and 20.  Clusters of 4 take 120 of an H100's 132 multiprocessors.
+             products and x, weights alone, 88, 50, 28 and 21.  Clusters of 4 take 120 of an H100's 132 multiprocessors.
              Tried: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; 8 thread blocks a cluster: an H100
              has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124).
    Limits    9 <= N <= 32; f16 weights, in a multiple of 8, all of it aligned to 16 bytes; |g x| < 65,520; a thread block of 227 KB.
@@ -39,7 +39,7 @@ template <int GROUPS> struct Shared {     // GROUPS of 8 rows of x
     static constexpr int SCALES = SQUARES + STEP / 32 * GROUPS * 8 * 8, RING = SCALES + GROUPS * 8 * 4;
 };
 
-// 16 bytes, zeros if they are not wanted.
+// copy_weights by address; zeros if they are not wanted.
 __device__ inline void copy_async(unsigned to, const uint4 *from, bool wanted) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
 }
@@ -99,7 +99,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
         asm volatile("cp.async.commit_group;" ::: "memory");
         if (++next.step >= last_step) next.step = first_step, next.round++, find_rows();
     };
-    if (p.norm.weight) prefetch_floats(p.norm.weight, in);
     find_rows();
 #pragma unroll 1
     for (int s = 0; s < STAGES - 1; s++) {
@@ -124,9 +123,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
         if (!has_x) return;
         if (p.norm.weight)
             for (int i = 0; i < 2; i++) {
-                float4 &v = xr[i];
-                if (count) square += fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
-                v.x *= gain[i].x, v.y *= gain[i].y, v.z *= gain[i].z, v.w *= gain[i].w;
+                if (count) square += add_squares(xr[i], 0);
+                xr[i] = xr[i] * gain[i];
             }
         to[(xb * GROUPS + xn / 8) * 32 + xn % 8 * 4 + t] = make_uint4(pack(xr[0].x, xr[0].y), pack(xr[0].z, xr[0].w), pack(xr[1].x, xr[1].y), pack(xr[1].z, xr[1].w));
     };

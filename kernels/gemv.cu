@@ -41,13 +41,6 @@ constexpr int ring_bytes(int stages) { return MMA_WARPS * stages * 32 * 64; }
 constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
-__device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
-__device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
-// 16 bytes; of the 256 around them the rest comes to L2, it is the next lanes'.
-__device__ inline void copy_async(uint4 *to, const f16 *from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
 template <bool NORM, int STAGES>
 __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
@@ -68,13 +61,12 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
 #pragma unroll
             for (int i = 0; i < 4; i++) {    // [block of 32 inputs][row g or g + 8]
                 const int k = load_step * PIECE_INPUTS + first_input + i / 2 * 32;
-                if (k < in) copy_async(mine + (stage * 4 + i) * 32, w[i % 2] + k);
+                if (k < in) copy_weights(mine + (stage * 4 + i) * 32, w[i % 2] + k);
             }
             if (++load_step == steps) load_step = 0, load_tile++;
         }
         __pipeline_commit();
     };
-    if (NORM) prefetch_floats(p.norm.weight, in);
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
     wait_for_inputs();

@@ -43,6 +43,13 @@ __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float 
     low = pack((x0 - back.x) * 2048.0f, (x1 - back.y) * 2048.0f);
 }
 
+__device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
+__device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
+// 16 bytes to shared memory; of the 256 around them the rest comes to L2: it is the next lanes', warps' or steps'.
+__device__ inline void copy_weights(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
 // N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.
 void gemv(const Products &p, const float *x, int N, int in);
 bool gemv_norms(DType type, int in);    // it takes the norm, too

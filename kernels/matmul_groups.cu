@@ -11,8 +11,8 @@
              q4 has codes from 0 to 15: the sum starts at -8 times that of x.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
    Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 282 tok/s (72% of the read
-             bandwidth), q4 406 (58%).  A step of a warp, 4 groups of q4, takes 130 instructions and as many to ask for the next; loads
-             alone take four fifths of the time, products alone three quarters, x 4%.
+             bandwidth), q4 406 (58%).  A step of a warp, 4 groups of q4, takes 130 instructions and as many to ask for the next; of 35
+             us of gate and up (ncu) loads alone take 30, products alone 26.
              Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; no hints to L2: 385 and 261
              for 397 and 274; a warp's x kept in registers: q4 286, it does not fit; one unit for a row of x, not for a group: no
              faster, but coarse; rows found from those of the tile before: 402 for 406.
@@ -53,12 +53,8 @@ template <int R> struct XPlace {    // R rows
 };
 
 __device__ inline float4 load_normed(const float *x, const float *gain, int n, int in, int k) {
-    float4 v = *(const float4 *)(x + (int64_t)n * in + k);
-    if (gain) {
-        const float4 g = __ldg((const float4 *)(gain + k));
-        v.x *= g.x, v.y *= g.y, v.z *= g.z, v.w *= g.w;
-    }
-    return v;
+    const float4 v = *(const float4 *)(x + (int64_t)n * in + k);
+    return gain ? v * __ldg((const float4 *)(gain + k)) : v;
 }
 // Rows of g x, inputs begin .. of place.groups groups, as integers.
 template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin) {
@@ -97,10 +93,6 @@ template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlac
     }
 }
 
-// The rest of the 256 bytes around a warp's 64 comes to L2: it is the next warps'.
-__device__ inline void copy_codes(uint8_t *to, const uint8_t *from) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
 template <int BYTES> __device__ inline void copy_scales(uint8_t *to, const uint8_t *from) {
     asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
 }
@@ -136,7 +128,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
             if ((next.step * WARPS + warp) * UNIT<T> < in) {
                 uint8_t *const to = mine + stage * STAGE_BYTES;
                 for (int i = 0; i < 2; i++)    // 16 bytes of row r go to place t ^ (r / 2 % 4), so that reading 8 rows meets all banks
-                    copy_codes(to + (g + 8 * i) * 64 + (t ^ (g / 2)) * 16, code[i] + next.step * (WARPS * 64));
+                    copy_weights(to + (g + 8 * i) * 64 + (t ^ (g / 2)) * 16, code[i] + next.step * (WARPS * 64));
                 if (lane < ROWS) copy_scales<SCALE_BYTES>(to + ROWS * 64 + lane * 8, scale + next.step * (WARPS * SCALE_BYTES));
             }
             if (++next.step == min(steps, (next.slab + 1) * slab_steps)) {
@@ -149,7 +141,6 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
         }
         __pipeline_commit();
     };
-    if (p.norm.weight) prefetch_floats(p.norm.weight, in);
 #pragma unroll 1
     for (int s = 0; s < STAGES - 1; s++) load(s);
     wait_for_inputs();
@@ -158,10 +149,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
     auto find_squares = [&] {    // rows one after the other, so that none's sum depends on how many there are
         for (int n = 0; n < N; n++) {
             double square = 0;
-            for (int k = 4 * threadIdx.x; k < in; k += 4 * 32 * WARPS) {
-                const float4 v = load_normed(x, nullptr, n, in, k);
-                square += fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, v.x * v.x)));
-            }
+            for (int k = 4 * threadIdx.x; k < in; k += 4 * 32 * WARPS)
+                square += add_squares(load_normed(x, nullptr, n, in, k), 0);
             square = warp_sum(square);
             if (lane == 0) squares[n][warp] = square;
         }
