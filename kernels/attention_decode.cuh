@@ -225,27 +225,29 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
     unsigned before = 0;
     if (lane == 0) before = arrive(a.arrived + query, parts - 1);
     if (__shfl_sync(~0u, before, 0) + 1 < parts) return;
-    float top = -INFINITY, sum = 0, y[C] = {};
+    float sum = 0, weight = 0, y[C] = {};
     Floats<C> x[AT_ONCE];
     auto load = [&](int part) {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) x[i] = load_l2<C>(part_o + C * lane + (int64_t)min(part + i, parts - 1) * D);
     };
+    auto load_ml = [&](int part) { return part < parts ? __ldcg(ml + part) : make_float2(-INFINITY, 0.0f); };
     load(0);
-    for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
+    float2 of_lane = load_ml(lane);    // of 32 parts
+    float top = of_lane.x;
+    for (int i = 32 + lane; i < parts; i += 32) top = fmaxf(top, __ldcg(ml + i).x);
     top = warp_max(top);
 #pragma unroll 1
     for (int i = 0; i < parts; i += AT_ONCE) {
         if (i > 0) load(i);
-        float weight = 0;
-        if (lane < min(AT_ONCE, parts - i)) {
-            const float2 v = __ldcg(ml + i + lane);
-            weight = merge_weight(v.x, top);
-            sum = fmaf(v.y, weight, sum);
+        if (i % 32 == 0) {
+            if (i > 0) of_lane = load_ml(i + lane);
+            weight = merge_weight(of_lane.x, top);
+            sum = fmaf(of_lane.y, weight, sum);
         }
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
-            const float w = __shfl_sync(~0u, weight, j);
+            const float w = __shfl_sync(~0u, weight, i % 32 + j);
             for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
         }
     }

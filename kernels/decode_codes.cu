@@ -11,12 +11,13 @@
              Tokens that are exact (sinks, recents, open) are shared among the same warps, 8 at a time (attention_decode.cuh).
              Few rows: a team is a thread block.  Many: what keeps all of them busy to the end (shares_of_many), often one part a
              row and head, whose sums then never leave the SM.
-   Fragments Lane (g, t) = (lane / 4, lane % 4).  A row of an A operand is a token for keys (row g + 8 h of tile i is token
-             16 i + 8 h + g), a channel for values; column 2 t, 2 t + 1 of a B operand is query t's hi and lo part.
-   Memory    Shared, by address; a codebook row at an address of 256 k lets one byte permute make the address of codeword k:
-               1 K   E (if K and V differ) | warps ...
-               64 K  row k: codeword k, one copy a lane (pair), 128 bytes | V's, or E and the token factors if K and V are alike
-               128 K warps ...                                  a warp: z, 2 blocks, token factors (if K and V differ), 4 means
+   Fragments Lane (g, t) = (lane / 4, lane % 4).
+               keys    row g + 8 h of tile i is token 16 i + 8 h + g, k runs over channels; columns 2 t, 2 t + 1 are query t's (hi, lo)
+               values  a row is two neighbouring channels, k runs over 16 tokens x these two.  Columns 2 t, 2 t + 1 have query t's weights
+                       (hi, lo) where k is an even channel, else 0; moved by a byte they serve the odd channels.
+   Memory    Shared, by address:
+               1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
+                     a warp: z, 2 blocks, token factors, 4 means; where z was, then weights and the second block's mean scores
    Cost      nsn2b, d 128, ncu: 1,160 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
              3.06 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 70.4 us (72.3 with 32 tokens in the open block, and 68.4 then with all
              codes in L2), so it is bound by its own work: some
@@ -38,13 +39,13 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
     using KB = typename K::Block;
     using VB = typename V::Block;
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
-    const uint32_t factors = opaque(S::factors(warp) + lane / 8 * S::ROW + lane % 8 * 16), factor_at = opaque(S::factors(warp) + 8 * g);
-    auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + ((key ? 0 : 4) + i / 2) * S::ROW + i % 2 * 64); };    // of token 8 i + g: s1 s2, s1
-    const uint32_t weight_store = opaque(z_at + t * 128 + g % 4 * 16 + g / 4 * 8 + t % 2 * 64), weight_load = opaque(z_at + (lane * 16 ^ g / 2 % 2 * 64));
+    const uint32_t factors = opaque(S::factors(warp) + 16 * lane), factor_at = opaque(S::factors(warp) + 8 * g);
+    auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
+    const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32)), weight_bytes = g % 2 ? 0x4240 : 0x4341;
     const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the second of two blocks
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
@@ -53,7 +54,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     if (!turns.start(a)) return;
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
-    const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
+    const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
     for (; turns.task < turns.tasks; turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
@@ -75,7 +76,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 Floats<PAIRS> lo[2], hi[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN_STEP;
+                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN;
                     const Floats<PAIRS> x = mean_at<D, PAIRS>(mean, PAIRS * lane), y = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     for (int p = 0; p < PAIRS; p++) {
                         const float c = base[i][0].x[p], sn = base[i][1].x[p];
@@ -92,6 +93,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                             w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p], scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
                     store_shared(z_store + 2 * q * (D / 2) * 4, w[0]), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, w[1]);
                 }
+                if (j + 2 < p.count) ring.load_base(a, base, j + 2);
                 __syncwarp();
                 float c[4][4] = {};    // of this block, of the next; 8 tokens further
                 multiply_E<S>(c, E, z_load, z_load_odd);
@@ -107,7 +109,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
                 store_shared(factors, words(k1.x * k2.x, k1.x, k1.y * k2.y, k1.y));
-                store_shared(factors + 4 * S::ROW, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
+                store_shared(factors + 512, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
@@ -155,53 +157,41 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 #pragma unroll
             for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[i], inverse, 12582912.0f));
             w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
-            // Column 2 t, 2 t + 1: 64 bytes each, g % 4: 16 bytes of tokens; z is done with.  Every other pair of columns is swapped,
-            // so that four lanes' bytes lie in different banks.
-            Words<2> hi, lo;
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t x = __byte_perm(w[4 * i], w[4 * i + 1], 0x5140), y = __byte_perm(w[4 * i + 2], w[4 * i + 3], 0x5140);
-                hi.x[i] = __byte_perm(x, y, 0x7632), lo.x[i] = __byte_perm(x, y, 0x5410);
-            }
-            store_shared(weight_store, hi), store_shared(other_half(weight_store), lo);
+            // Query t: 128 bytes; g: 16 bytes, weights of tokens 8 i + g, swizzled so that lanes lie in different banks; z is done with.
+            store_shared(weight_store, Words<4>{{__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[4], w[5], 0x5410), __byte_perm(w[6], w[7], 0x5410)}});
             __syncwarp();
-            // values
-            const uint4 bw = load_shared<uint4>(weight_load);
-            const uint32_t b[4] = {bw.x, bw.y, bw.z, bw.w};
+            // values: k = 4 t .. of step s, lower and upper half, are tokens 16 s + t and 8 further, and those 4 further
+            const uint4 near = load_shared<uint4>(weight_load), far = load_shared<uint4>(other_half(weight_load));
+            const uint32_t pairs[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
+            uint32_t b[4][2];
+            for (int i = 0; i < 8; i++) b[i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
             uint32_t vc[16][VW], vs[16][VW];
 #pragma unroll
             for (int i = 0; i < 16; i++) {
-                const uint32_t at = vb + v_lane + (8 * (i % 8) + i / 8 * 4) * (D / V::channels);
+                const uint32_t at = vb + v_lane + 4 * i * (D / V::channels);
                 load_bytes<V_BYTES>(vc[i], at);
                 if constexpr (V::has_sign) load_bytes<V_BYTES>(vs[i], at + KV_BLOCK * (D / V::channels));
             }
 #pragma unroll
             for (int part8 = 0; part8 < V_CHANNELS / 8; part8++) {
-                int e[4][4] = {};
+                int e[2][2][4] = {};    // words 2 part8 ..; even and odd channels
 #pragma unroll
-                for (int step = 0; step < 2; step++) {
-                    uint32_t y[2][8];    // [4 tokens][channel]: bytes of 4 tokens
+                for (int step = 0; step < 4; step++) {
+                    uint32_t x[4][V_CHANNELS / 4];    // tokens 16 step + 4 i + t
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        uint32_t x[4][V_CHANNELS / 4];
+                    for (int i = 0; i < 4; i++) look_up<V::channels, V::has_sign, V_BYTES>(x[i], vc[4 * step + i], vs[4 * step + i], v_table);
 #pragma unroll
-                        for (int i = 0; i < 4; i++) look_up<V::channels, V::has_sign, V_BYTES>(x[i], vc[8 * step + 4 * half + i], vs[8 * step + 4 * half + i], v_table);
-#pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const int at = 2 * part8 + i;
-                            const uint32_t u0 = __byte_perm(x[0][at], x[1][at], 0x5140), u1 = __byte_perm(x[2][at], x[3][at], 0x5140);
-                            const uint32_t u2 = __byte_perm(x[0][at], x[1][at], 0x7362), u3 = __byte_perm(x[2][at], x[3][at], 0x7362);
-                            y[half][4 * i] = __byte_perm(u0, u1, 0x5410), y[half][4 * i + 1] = __byte_perm(u0, u1, 0x7632);
-                            y[half][4 * i + 2] = __byte_perm(u2, u3, 0x5410), y[half][4 * i + 3] = __byte_perm(u2, u3, 0x7632);
-                        }
+                    for (int i = 0; i < 2; i++) {
+                        const int at = 2 * part8 + i;
+                        const uint32_t a[4] = {__byte_perm(x[0][at], x[2][at], 0x5410), __byte_perm(x[0][at], x[2][at], 0x7632), __byte_perm(x[1][at], x[3][at], 0x5410), __byte_perm(x[1][at], x[3][at], 0x7632)};
+                        mma_s8_u8(e[i][0], {a[0], a[1], a[2], a[3]}, b[step][0], b[step][1]);
+                        mma_s8_u8(e[i][1], {a[0], a[1], a[2], a[3]}, b[step][0] << 8, b[step][1] << 8);
                     }
-#pragma unroll
-                    for (int c = 0; c < 4; c++) mma_s8_u8(e[c], {y[0][2 * c], y[0][2 * c + 1], y[1][2 * c], y[1][2 * c + 1]}, b[2 * step], b[2 * step + 1]);
                 }
 #pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    out[8 * part8 + 2 * c] = fmaf((float)(e[c][0] * 256 + e[c][1]), w_unit, out[8 * part8 + 2 * c]);
-                    out[8 * part8 + 2 * c + 1] = fmaf((float)(e[c][2] * 256 + e[c][3]), w_unit, out[8 * part8 + 2 * c + 1]);
+                for (int i = 0; i < 8; i++) {    // channel 4 word + 2 row + odd
+                    const int (&sums)[4] = e[i / 4][i % 2];
+                    out[8 * part8 + i] = fmaf((float)(sums[i / 2 % 2 * 2] * 256 + sums[i / 2 % 2 * 2 + 1]), w_unit, out[8 * part8 + i]);
                 }
             }
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
@@ -212,7 +202,6 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             }
             __syncwarp();
             ring.release_values(j);
-            if (j % 2) ring.load_base(a, base, j + 1);
         }
 
         // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.

@@ -35,10 +35,10 @@ template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a,
     auto at = [&](int q) { return S::slots(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
     auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
 #pragma unroll 1
-    for (int q = rank; q <= last; q = rank < last_rank ? Q : q + 1) {
+    for (int q = rank; q < Q; q = rank < last_rank ? Q : q + 1) {
         const uint32_t to = at(q);
         Floats<C> x;
-        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + q, p.pos);
+        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, last), p.pos);
         Words<C> w;
         memcpy(&w, &x, sizeof w);
         store_shared(to + 4 * C * lane, w);
@@ -61,16 +61,16 @@ template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a,
     sync();
 #pragma unroll
     for (int q = 0; q < Q; q++) {
-        const Floats<C> x = load_shared<Floats<C>>(at(min(q, last)) + 4 * C * lane);
+        const Floats<C> x = load_shared<Floats<C>>(at(q) + 4 * C * lane);
         for (int i = 0; i < C; i++) scaled[q][i] = x.x[i];
     }
-    const uint32_t codes = at(Q == 1 ? 0 : min(g / 2, last)) + CODES + g % 2 * D + D / 4 * t;
+    const uint32_t codes = at(Q == 1 ? 0 : g / 2) + CODES + g % 2 * D + D / 4 * t;
 #pragma unroll
     for (int i = 0; i < D / 64; i++) {
         const uint4 v = load_shared<uint4>(codes + 16 * i);
         memcpy(bq + 4 * i, &v, 16);
     }
-    const float2 unit = load_shared<float2>(at(Q == 1 ? 0 : min(t, last)) + UNIT);
+    const float2 unit = load_shared<float2>(at(Q == 1 ? 0 : t) + UNIT);
     sync();
     return unit;
 }
@@ -89,10 +89,10 @@ template <class K, class V, class S> struct BlockRing {
     int next[AHEAD], after;                                    // numbers in the pool, from the next values to load on; the one behind
 
     __device__ void start(const DecodeArgs &a, const Part &p) {
-        const uint8_t *const keys = a.kv.k_sealed + first(a, p) * S::SLOT_K, *const values = a.kv.v_sealed + first(a, p) * S::SLOT_V;
+        const uint8_t *const keys = a.kv.k_sealed + first(a, p) * stride<K>, *const values = a.kv.v_sealed + first(a, p) * stride<V>;
         count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + p.begin, base = p.begin * K::d + K::d / 64 * lane();
         k_from = opaque(keys + 16 * lane()), v_from = opaque(values + 16 * lane()), mean_from = opaque(keys + offsetof(KB, mean) + 4 * lane());
-        k_bytes = a.kv.Hkv * S::SLOT_K, v_bytes = a.kv.Hkv * S::SLOT_V;
+        k_bytes = a.kv.Hkv * stride<K>, v_bytes = a.kv.Hkv * stride<V>;
         slots = opaque(S::slots(p.warp) + 16 * lane()), means = opaque(S::means(p.warp) + 4 * lane());
         if (count == 0) return;
         const int number = entry(a, 0);
@@ -143,7 +143,7 @@ template <class K, class V, class S> struct BlockRing {
         return number;
     }
     __device__ void load_mean(int j, int number) const {
-        copy_async4(means + j % S::MEANS * S::MEAN_STEP, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
+        copy_async4(means + j % S::MEANS * S::MEAN, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
     }
     // `from` and `to` are the lane's.
     template <int BYTES> __device__ static void copy(uint32_t to, const uint8_t *from, bool wanted) {

@@ -9,8 +9,8 @@
                means   columns b and b + 4 are block b's z: E is read once for four blocks
                values  a row is a word of 4 neighbouring channels as the codebook has it, k runs over 8 tokens x 4 bytes.  Column n has
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
-   Memory    decode_codes.cu's without token factors; 8 means a warp, which have their place if K and V are alike.  Where z was: for each
-             of four blocks the mean scores, a pair a lane, and behind them the weights of the block at work.
+   Memory    decode_codes.cu's without token factors, with 8 means a warp.  Where z was: for each of four blocks the mean scores, a pair a
+             lane, and behind them the weights of the block at work.
    Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 112.5 us
              (117.6 with 32 tokens in the open block, and 98 then with all codes in L2); memory alone would take 96.  A warp waits for its copies 9% of the time.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
@@ -57,7 +57,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
     const uint32_t z_at = S::warp_at(warp);    // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g % 4 * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
@@ -73,7 +73,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     if (!turns.start(a)) return;
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
-    const uint32_t k_table = TABLE | (K::channels == 8 ? lane % 16 * 8 : lane * 4), v_table = (TABLE | (S::ALIKE ? 0 : 128)) | (V::channels == 8 ? lane % 16 * 8 : lane * 4);
+    const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
     for (; turns.task < turns.tasks; turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
@@ -91,22 +91,26 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             ring.wait_keys();
             if (j % 4 == 0) {    // means of this block and the next three
                 const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
-                Floats<PAIRS> lo[4], hi[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const uint32_t mean = means + j % S::MEANS * S::MEAN_STEP + i * S::MEAN_STEP;
-                    lo[i] = mean_at<D, PAIRS>(mean, PAIRS * lane), hi[i] = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
-                }
+                for (int two = 0; two < 4; two += 2) {
+                    if (j + two >= p.count) break;
+                    Floats<PAIRS> lo[2], hi[2];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    Words<PAIRS> z;
-#pragma unroll
-                    for (int k = 0; k < PAIRS; k++) {
-                        const float c = base[i][0].x[k], s = base[i][1].x[k];
-                        const float ml = lo[i].x[k] * c - hi[i].x[k] * s, mh = lo[i].x[k] * s + hi[i].x[k] * c;
-                        z.x[k] = pack(q[k] * ml + q[PAIRS + k] * mh, q[PAIRS + k] * ml - q[k] * mh);
+                    for (int i = 0; i < 2; i++) {
+                        const uint32_t mean = means + j % S::MEANS * S::MEAN + (two + i) * S::MEAN;
+                        lo[i] = mean_at<D, PAIRS>(mean, PAIRS * lane), hi[i] = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
                     }
-                    store_shared((i % 2 ? z_store_odd : z_store) + i * (D / 2) * 4, z);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        Words<PAIRS> z;
+#pragma unroll
+                        for (int k = 0; k < PAIRS; k++) {
+                            const float c = base[two + i][0].x[k], s = base[two + i][1].x[k];
+                            const float ml = lo[i].x[k] * c - hi[i].x[k] * s, mh = lo[i].x[k] * s + hi[i].x[k] * c;
+                            z.x[k] = pack(q[k] * ml + q[PAIRS + k] * mh, q[PAIRS + k] * ml - q[k] * mh);
+                        }
+                        store_shared((i % 2 ? z_store_odd : z_store) + (two + i) * (D / 2) * 4, z);
+                    }
                 }
                 if (j + 4 < p.count) ring.load_base(a, base, j + 4);
                 __syncwarp();

@@ -5,7 +5,8 @@
 
 namespace cuda {
 
-constexpr uint32_t TABLE = 65536, ABOVE = 2 * TABLE, START = 1024, END = 228 * 1024;    // addresses in shared memory
+constexpr uint32_t START = 1024, END = 228 * 1024;    // addresses in shared memory
+constexpr int ROW = 128, TABLE_BYTES = 256 * ROW;     // of a codebook: a row has copies of a codeword, one a lane (pair)
 
 template <class Format> constexpr int stride = (int)kv_aligned(sizeof(typename Format::Block));    // kv_block_stride
 
@@ -17,23 +18,21 @@ template <class K, class V, int Q> struct Layout {
     // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
     static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 ? WEIGHTS + 128 : D == 128 ? 2048 : 1536;
-    static constexpr bool MEANS_BESIDE = ALIKE && Q == 1;
-    static constexpr int MEAN_STEP = MEANS_BESIDE ? 256 : MEAN;
-    static constexpr int E_AT = START, BELOW_AT = START + (ALIKE ? 0 : E_BYTES), BESIDE_SLOTS = Z + (ALIKE ? 0 : FACTORS) + (MEANS_BESIDE ? 0 : MEANS * MEAN);
-    static constexpr int WARP = (2 * SLOT + BESIDE_SLOTS + 127) / 128 * 128, BELOW = ((int)TABLE - BELOW_AT) / WARP, FIT = BELOW + (int)(END - ABOVE) / WARP;
-    static constexpr int WARPS = FIT < CODE_WARPS ? FIT : CODE_WARPS, BYTES = (int)ABOVE + (WARPS > BELOW ? WARPS - BELOW : 0) * WARP - (int)START;
+    static constexpr int WARP = (Z + 2 * SLOT + FACTORS + MEANS * MEAN + 127) / 128 * 128;
+    static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
+    static constexpr int FIT = ((int)END - WARPS_AT) / WARP, WARPS = FIT < CODE_WARPS ? FIT : CODE_WARPS, BYTES = WARPS_AT + WARPS * WARP - (int)START;
     // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT && E_BYTES / 128 + WARPS * (FACTORS / 128 + (MEANS_BESIDE ? MEANS : 0)) <= 256, "does not fit");
-    // A warp's: z, at a multiple of 128, blocks, and what has no place beside the codebook.
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT, "does not fit");
+    // A warp's: z, at a multiple of 128, two blocks, token factors, means.
+    __device__ static uint32_t warp_at(int w) { return WARPS_AT + w * WARP; }
     __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
-    __device__ static uint32_t warp_at(int w) { return w < BELOW ? BELOW_AT + w * WARP : ABOVE + (w - BELOW) * WARP; }
-    // The second halves of the codebook's rows hold E, then the token factors: 8 lanes' 16 bytes a row; of one query the means instead, one a row.
-    static constexpr uint32_t BESIDE = TABLE + 128, FRAGMENT = ALIKE ? 1024 : 512, ROW = ALIKE ? 256 : 128;    // from one fragment, or 128 bytes of factors, to the next
-    __device__ static uint32_t E(int lane) { return ALIKE ? BESIDE + lane / 8 * 256 + lane % 8 * 16 : E_AT + lane * 16; }
-    __device__ static uint32_t factors(int w) { return ALIKE ? BESIDE + E_BYTES * 2 + w * FACTORS * 2 : slots(w) + 2 * SLOT; }
-    __device__ static uint32_t means(int w) { return MEANS_BESIDE ? BESIDE + E_BYTES * 2 + w * MEANS * MEAN_STEP : slots(w) + 2 * SLOT + (ALIKE ? 0 : FACTORS); }
+    __device__ static uint32_t factors(int w) { return slots(w) + 2 * SLOT; }
+    __device__ static uint32_t means(int w) { return factors(w) + FACTORS; }
+    __device__ static uint32_t E(int lane) { return E_AT + 16 * lane; }
+    // A lane's copy of a codebook.
+    template <class Format> __device__ static uint32_t copy(uint32_t table, int lane) { return table + (Format::channels == 8 ? lane % 16 * 8 : lane * 4); }
 };
 
 // ---- shared memory by address -------------------------------------------------------------------------------
@@ -119,10 +118,10 @@ template <int BYTES> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ?
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
 }
-// Words of 4 channels: the codewords that the bytes name, signs applied.  lane_table: TABLE, the side's half, the lane's copy.
+// Words of 4 channels: the codewords that the bytes name, signs applied.  `copy`: the lane's copy of codeword 0.
 template <int C, bool SIGN, int BYTES>
-__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t lane_table) {
-    auto at = [&](int i) { return __byte_perm(lane_table, code[i / 4], 0x3200 | (4 + i % 4) << 4); };
+__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t copy) {
+    auto at = [&](int i) { return __dp4a(code[i / 4], (uint32_t)ROW << i % 4 * 8, copy); };    // copy + ROW byte i; on a pipe that has time
     if constexpr (C == 8) {
 #pragma unroll
         for (int i = 0; i < BYTES; i++) {
@@ -173,7 +172,7 @@ template <class S> __device__ inline void multiply_E(float (&c)[4][4], uint32_t 
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
             unsigned e[4];
-            const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * S::FRAGMENT);
+            const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * 512);
             memcpy(e, &v, 16);
             mma(c[tile], e, z[2 * k], z[2 * k + 1]);
         }
@@ -194,7 +193,7 @@ template <int C, int WARPS> struct TableRows {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int k = threadIdx.x / 32 + i * WARPS;
-            if (k < 256) store_shared(table + k * 256 + threadIdx.x % 32 * 4, v[i]);
+            if (k < 256) store_shared(table + k * ROW + threadIdx.x % 32 * 4, v[i]);
         }
     }
 };
@@ -215,7 +214,7 @@ template <class S> struct AngleRows {
     __device__ void store() const {
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            store_shared(S::E(threadIdx.x % 32) + fragment(i) * S::FRAGMENT, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
+            store_shared(S::E(threadIdx.x % 32) + fragment(i) * 512, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
     }
 };
 template <class K, class V, class S> struct Tables {
@@ -228,8 +227,8 @@ template <class K, class V, class S> struct Tables {
         angles.load(kv.rope.step);
     }
     __device__ void store() const {
-        k.store(TABLE);
-        if (!S::ALIKE) v.store(TABLE + 128);
+        k.store(S::K_TABLE);
+        if (!S::ALIKE) v.store(S::V_TABLE);
         angles.store();
         __syncthreads();
     }
