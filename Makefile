@@ -1,7 +1,7 @@
 # make demo        install what is missing, build, tell a story with the bundled model
 # make             ./run and build/{convert,show,random_model,make_codebook,plot}; with CUDA if nvcc is on the PATH, else CPU only
 # make test        build and run every test         make test T='attention*'    only the doctest cases of that name
-# make bench       speed against what this machine allows, on the bundled model
+# make bench       speed against what this machine allows, in one table (of build/bench.jsonl): the bundled model, on a GPU large shapes
 # make clean
 # CUDA=0 CPU only      ARCH=sm_90 one GPU architecture      DEBUG=1 ASan and UBSan      INC=DIR more header folders
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
@@ -79,14 +79,27 @@ demo: all
 test: all $(BUILD)/test
 	@BUILD=$(BUILD) sh tests/run.sh "$(T)"
 
+# One run each on a GPU, beside `--bench --json -d cuda`.
+BENCHES := "--shape llama-3-8b -d 0,4096,32768,131072 --kv f16,nsn4b,nsn2b,nsn1" \
+    "--shape llama-2-7b -d 0,32768 --kv f16,nsn2b" "--shape llama-3.2-1b -d 0,32768 --kv f16,nsn2b" \
+    "--shape llama-3-8b --dtype q8 -d 0 --kv f16" "--shape llama-3-8b --dtype q4 -d 0 --kv f16" \
+    "--shape llama-3-8b -d 4096 -b 32 --kv f16,nsn2b -n 256" "--shape llama-3-8b -d 8192 -b max --kv f16,nsn2b -n 24" \
+    "--shape llama-2-7b -d 4096 -b max --kv f16,nsn2b,nsn1 -n 24"
 ANCHORS ?= ../shared/bench/decode_attention_anchors.py
-bench: all $(BUILD)/bench_attention
-	./run tests/models/books-5m.bin --bench -d 0,768
-	$(BUILD)/bench_attention
-ifeq ($(CUDA),1)
-	@if nvidia-smi >/dev/null 2>&1; then $(MAKE) $(BUILD)/bench_decode && $(BUILD)/bench_decode; else echo "SKIPPED: no GPU, so no bench of its attention"; fi
-	@if nvidia-smi >/dev/null 2>&1 && [ -f $(ANCHORS) ] && python3 -c "import torch" 2>/dev/null; then OUT=build python3 $(ANCHORS); else echo "SKIPPED: fp16 attention of PyTorch for comparison ($(ANCHORS), a GPU and torch)"; fi
-endif
+# What fails is counted, and the rest goes on.
+bench: all $(BUILD)/bench_attention $(if $(filter 1,$(CUDA)),$(BUILD)/bench_decode)
+	@rm -f build/bench.jsonl; failed=0; gpu=0; \
+	measure() { echo "$$*" >&2; "$$@" >>build/bench.jsonl || failed=1; }; \
+	if [ $(CUDA) = 1 ] && nvidia-smi >/dev/null 2>&1; then gpu=1; else echo "SKIPPED: no GPU, so no bench of it" >&2; fi; \
+	measure ./run tests/models/books-5m.bin --bench --json -d 0,768; \
+	if [ $$gpu = 1 ]; then \
+	    for what in $(BENCHES); do measure ./run --bench --json -d cuda $$what; done; \
+	    measure $(BUILD)/bench_decode --json; \
+	    if [ -f $(ANCHORS) ] && python3 -c "import torch" 2>/dev/null; then OUT=build python3 $(ANCHORS) || failed=1; \
+	    else echo "SKIPPED: fp16 attention of PyTorch for comparison ($(ANCHORS) and torch)"; fi; \
+	fi; \
+	$(BUILD)/bench_attention || failed=1; echo; \
+	build/plot table build/bench.jsonl && [ $$failed = 0 ]
 
 clean:
 	rm -rf build run

@@ -18,13 +18,16 @@
    Memory    Shared, by address:
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
                      a warp: z, 2 blocks, token factors, 4 means; where z was, then weights and the second block's mean scores
-   Cost      nsn2b, d 128, ncu: 1,160 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
-             3.06 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 70.4 us (72.3 with 32 tokens in the open block, and 68.4 then with all
-             codes in L2), so it is bound by its own work: some
-             480 clocks a block, 2.3 instructions a clock; samples: issue 19%, fixed latencies 17%, other warps' turn 15%, shared
-             memory 14%, global 10%, pipes 8%, barriers 4%.
-             Tried: 10 warps (99 us when 12 took 92); warps that take the next of many small parts by a counter (103 to 139 for 96:
-             what a part costs by itself).
+   Cost      nsn2b, d 128, ncu: 1,075 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
+             3.07 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 66.2 us (68.1 with 32 tokens in the open block), bound by its own work: some
+             450 clocks a block; samples: fixed latencies 20%, issue 18%, other warps' turn 15%, shared memory 19%, dispatch 8%, pipes
+             6%, global 6%, barriers 6%.  Before: 69.8 us, with 56 instructions a block more (two
+             permutes a word of values) and the next angles asked for only behind the values.
+             Tried: 10 warps (99 us when 12 took 92); 16 warps of 128 registers, queries in shared memory (82 for 66.5: a quarter of the
+             time for spilled registers; without them it might be 62); addresses of codewords by byte permutes (67.9 for 67.1); codes of the
+             values in registers before the softmax (67.9 for 67.5), and their place free then (69.5, but 11.1 for 11.5 at one row);
+             the copy of keys without their mean (spills); warps that take the next of many small parts by a counter (103 to 139
+             for 96: what a part costs by itself).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -37,6 +40,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
+    // Words of a lane's channels.  Codewords of 8 channels: all sums are in registers at once, and codes come as they are needed.
+    constexpr bool LATE_CODES = V::channels == 8;
+    constexpr int WORDS = V_CHANNELS / 4, WORDS_AT_ONCE = LATE_CODES ? WORDS : 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -45,7 +51,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     const uint32_t factors = opaque(S::factors(warp) + 16 * lane), factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
-    const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32)), weight_bytes = g % 2 ? 0x4240 : 0x4341;
+    const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32));
+    const uint32_t weight_bytes = g % 2 ? 0x4240 : 0x4341;                   // permutes a word of two weights to (lo, 0, lo, 0) or (hi, 0, hi, 0)
     const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the second of two blocks
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
@@ -158,7 +165,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[i], inverse, 12582912.0f));
             w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
             // Query t: 128 bytes; g: 16 bytes, weights of tokens 8 i + g, swizzled so that lanes lie in different banks; z is done with.
-            store_shared(weight_store, Words<4>{{__byte_perm(w[0], w[1], 0x5410), __byte_perm(w[2], w[3], 0x5410), __byte_perm(w[4], w[5], 0x5410), __byte_perm(w[6], w[7], 0x5410)}});
+            Words<4> two;
+            for (int i = 0; i < 4; i++) two.x[i] = __byte_perm(w[2 * i], w[2 * i + 1], 0x5410);
+            store_shared(weight_store, two);
             __syncwarp();
             // values: k = 4 t .. of step s, lower and upper half, are tokens 16 s + t and 8 further, and those 4 further
             const uint4 near = load_shared<uint4>(weight_load), far = load_shared<uint4>(other_half(weight_load));
@@ -166,32 +175,38 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             uint32_t b[4][2];
             for (int i = 0; i < 8; i++) b[i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
             uint32_t vc[16][VW], vs[16][VW];
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
+            auto load_codes = [&](int i) {
                 const uint32_t at = vb + v_lane + 4 * i * (D / V::channels);
                 load_bytes<V_BYTES>(vc[i], at);
                 if constexpr (V::has_sign) load_bytes<V_BYTES>(vs[i], at + KV_BLOCK * (D / V::channels));
-            }
+            };
+            if (!LATE_CODES)
 #pragma unroll
-            for (int part8 = 0; part8 < V_CHANNELS / 8; part8++) {
-                int e[2][2][4] = {};    // words 2 part8 ..; even and odd channels
+                for (int i = 0; i < 16; i++) load_codes(i);
+#pragma unroll
+            for (int first = 0; first < WORDS; first += WORDS_AT_ONCE) {
+                int e[WORDS_AT_ONCE][2][4] = {};    // even and odd channels of words first ..
 #pragma unroll
                 for (int step = 0; step < 4; step++) {
-                    uint32_t x[4][V_CHANNELS / 4];    // tokens 16 step + 4 i + t
+                    uint32_t x[4][WORDS];    // tokens 16 step + 4 i + t
 #pragma unroll
-                    for (int i = 0; i < 4; i++) look_up<V::channels, V::has_sign, V_BYTES>(x[i], vc[4 * step + i], vs[4 * step + i], v_table);
+                    for (int i = 0; i < 4; i++) {
+                        if (LATE_CODES) load_codes(4 * step + i);
+                        look_up<V::channels, V::has_sign, V_BYTES>(x[i], vc[4 * step + i], vs[4 * step + i], v_table);
+                    }
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int at = 2 * part8 + i;
-                        const uint32_t a[4] = {__byte_perm(x[0][at], x[2][at], 0x5410), __byte_perm(x[0][at], x[2][at], 0x7632), __byte_perm(x[1][at], x[3][at], 0x5410), __byte_perm(x[1][at], x[3][at], 0x7632)};
-                        mma_s8_u8(e[i][0], {a[0], a[1], a[2], a[3]}, b[step][0], b[step][1]);
-                        mma_s8_u8(e[i][1], {a[0], a[1], a[2], a[3]}, b[step][0] << 8, b[step][1] << 8);
+                    for (int i = 0; i < WORDS_AT_ONCE; i++) {
+                        uint32_t a[4];    // rows: the word's lower two channels, its upper two
+#pragma unroll
+                        for (int r = 0; r < 4; r++) a[r] = __byte_perm(x[r / 2][first + i], x[r / 2 + 2][first + i], r % 2 ? 0x7632 : 0x5410);
+                        mma_s8_u8(e[i][0], a, b[step][0], b[step][1]);
+                        mma_s8_u8(e[i][1], a, b[step][0] << 8, b[step][1] << 8);
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < 8; i++) {    // channel 4 word + 2 row + odd
-                    const int (&sums)[4] = e[i / 4][i % 2];
-                    out[8 * part8 + i] = fmaf((float)(sums[i / 2 % 2 * 2] * 256 + sums[i / 2 % 2 * 2 + 1]), w_unit, out[8 * part8 + i]);
+                for (int i = 0; i < 4 * WORDS_AT_ONCE; i++) {    // channel 4 word + 2 row + odd
+                    const int (&sums)[4] = e[i / 4][i % 2], row = i / 2 % 2;
+                    out[4 * first + i] = fmaf((float)(sums[2 * row] * 256 + sums[2 * row + 1]), w_unit, out[4 * first + i]);
                 }
             }
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);

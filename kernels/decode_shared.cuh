@@ -118,6 +118,12 @@ template <int BYTES> __device__ inline void load_bytes(uint32_t (&w)[BYTES < 4 ?
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     }
 }
+// Every byte's highest bit in all of its bits.
+__device__ inline uint32_t spread_tops(uint32_t x) {
+    uint32_t y;
+    asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(y) : "r"(x));
+    return y;
+}
 // Words of 4 channels: the codewords that the bytes name, signs applied.  `copy`: the lane's copy of codeword 0.
 template <int C, bool SIGN, int BYTES>
 __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t copy) {
@@ -127,10 +133,9 @@ __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *cod
         for (int i = 0; i < BYTES; i++) {
             const uint2 v = load_codeword2(at(i));
             x[2 * i] = v.x, x[2 * i + 1] = v.y;
-            if constexpr (SIGN) {    // bit to byte 0 or 255: -(x + 1/2) = ~x + 1/2
+            if constexpr (SIGN) {    // -(x + 1/2) = ~x + 1/2; a bit goes to the top of its byte, which becomes 0 or 255
                 const uint32_t s = sign[i / 4] >> i % 4 * 8;
-                x[2 * i] ^= ((s & 15) * 0x00204081 & 0x01010101) * 255;
-                x[2 * i + 1] ^= ((s >> 4 & 15) * 0x00204081 & 0x01010101) * 255;
+                x[2 * i] ^= spread_tops((s & 0x0f) * 0x10204080), x[2 * i + 1] ^= spread_tops((s & 0xf0) * 0x01020408);
             }
         }
     } else if constexpr (C == 4) {

@@ -1,7 +1,9 @@
 #include "bench.h"
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include "json.h"
 #include "report.h"
 
@@ -66,16 +68,40 @@ struct Bench {
         slots = all;
         kv_cache_repeat(cache, end);
     }
-    double decode(int steps) {
-        const auto start = std::chrono::steady_clock::now();
-        for (int i = 0; i < steps; i++, len++) {
+    // The seconds of each step; nothing is between them.
+    std::vector<double> decode(int steps) {
+        std::vector<double> seconds(steps);
+        auto start = std::chrono::steady_clock::now();
+        for (double &x : seconds) {
             for (int s = 0; s < slots; s++) kv_cache_reserve(cache, s, len + 1), add_row(s, len, true);
             run_step();
             wait();
+            const auto end = std::chrono::steady_clock::now();
+            x = std::chrono::duration<double>(end - start).count(), start = end, len++;
         }
-        return seconds_since(start);
+        return seconds;
     }
 };
+
+static double median(std::vector<double> x) {
+    std::sort(x.begin(), x.end());
+    return x[x.size() / 2];
+}
+// Of decode steps from position `depth` on, see bench.h; NAN if there is none.
+static double seal_stall(const KvView &kv, int depth, const std::vector<double> &seconds) {
+    std::vector<double> sealing, others;
+    for (int i = 0; i < (int)seconds.size(); i++) (kv.coded_end(depth + i) > kv.coded_end(depth + i - 1) ? sealing : others).push_back(seconds[i]);
+    if (sealing.size() < 3 || (kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16)) return NAN;
+    sealing.erase(sealing.begin(), sealing.begin() + 2);
+    return median(sealing) / median(others) - 1;
+}
+
+// What the layers' matrices are in where they are read, as --dtype says it; of mixed ones, w_gate.
+static const char *weights_name(const Model &m) {
+    for (const char *name : {"f32", "f16", "bf16", "q8"})
+        if (m.layers[0].w_gate.type == parse_dtype(name)) return name;
+    return "q4";
+}
 
 struct Row {
     int depth, slots;
@@ -83,6 +109,7 @@ struct Row {
     double prefill_tok_s, decode_s;         // tokens a second; seconds a step
     double weights, coded, exact;           // bytes a step must read, the mean over its steps
     int64_t announced, taken;               // bytes of memory
+    double seal_stall;                      // NAN: none
     double bytes() const { return weights + coded + exact; }
     double gb_s() const { return bytes() / decode_s / 1e9; }
     double limit_tok_s(double bandwidth) const { return slots * bandwidth * 1e9 / bytes(); }
@@ -99,7 +126,7 @@ static void bench_cache(const Model &m, const Ops &ops, const Options &o, const 
     b.decode(std::min(T, 4));
     b.clear();
     for (const int depth : depths) {
-        Row r = {depth, B, plan.kv, 0, 0, (double)m.step_bytes, 0, 0, 0, 0};
+        Row r = {depth, B, plan.kv, 0, 0, (double)m.step_bytes, 0, 0, 0, 0, NAN};
         if (depth < P) {
             b.clear();
             r.prefill_tok_s = (double)B * P / b.prefill(P);
@@ -110,7 +137,9 @@ static void bench_cache(const Model &m, const Ops &ops, const Options &o, const 
             b.fill(depth - P);
             r.prefill_tok_s = (double)B * P / b.prefill(depth);
         }
-        r.decode_s = b.decode(T) / T;
+        const std::vector<double> seconds = b.decode(T);
+        r.decode_s = std::accumulate(seconds.begin(), seconds.end(), 0.0) / T;
+        r.seal_stall = seal_stall(b.cache.view, depth, seconds);
         for (int pos = depth; pos < depth + T; pos++) {
             const CacheBytes bytes = cache_bytes_read(b.cache.view, pos);
             r.coded += (double)B * bytes.coded / T, r.exact += (double)B * bytes.exact / T;
@@ -154,8 +183,8 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
     if (!o.json) {
         printf("read bandwidth %.1f GB/s (%lld MiB on the %s, best of 5); this model's weights alone %.1f GB/s\n", bandwidth,
                (long long)(buffer >> 20), ops.name, weights_speed);
-        printf("%6s %4s %11s %11s %11s   %-32s %8s %6s %10s   %s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step = weights+codes+fp16",
-               "GB/s", "share", "limit t/s", "MiB announced, taken");
+        printf("%6s %4s %11s %11s %11s   %-32s %8s %6s %10s %7s   %s\n", "depth", "b", "kv", "prefill t/s", "decode t/s", "MB a step = weights+codes+fp16",
+               "GB/s", "share", "limit t/s", "seal", "MiB announced, taken");
     }
     auto print_row = [&](const Row &r) {
         const std::string kv = kv_pair_name(r.kv);
@@ -164,10 +193,12 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                         {"bytes_per_step", r.bytes()}, {"weights_bytes_per_step", r.weights}, {"coded_bytes_per_step", r.coded},
                         {"exact_bytes_per_step", r.exact}, {"gb_s", r.gb_s()}, {"share", share}, {"limit_tok_s", limit},
                         {"announced_bytes", r.announced}, {"taken_bytes", r.taken}});
+        const bool seals = !std::isnan(r.seal_stall);
+        if (seals) rows.back()["seal_stall"] = r.seal_stall;
         if (o.json) return;
         const std::string bytes = strf("%.2f = %.2f+%.2f+%.2f", r.bytes() / 1e6, r.weights / 1e6, r.coded / 1e6, r.exact / 1e6);
-        printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode,
-               bytes.c_str(), r.gb_s(), 100 * share, limit, r.announced / 1048576.0, r.taken / 1048576.0);
+        printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f %7s   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode,
+               bytes.c_str(), r.gb_s(), 100 * share, limit, seals ? strf("%+.1f%%", 100 * r.seal_stall).c_str() : "-", r.announced / 1048576.0, r.taken / 1048576.0);
         fflush(stdout);
     };
 
@@ -195,7 +226,7 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                 for (const int depth : depths) measure(kv, std::max(1, largest_batch(m, ops, o, kv, depth)), {depth});
     if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
-        OrderedJson all = {{"model", o.model}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
+        OrderedJson all = {{"model", o.model}, {"weights", weights_name(m)}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
                            {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
         if (!too_large.empty()) all["too_large"] = too_large;
         printf("%s\n", all.dump().c_str());

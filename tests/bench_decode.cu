@@ -1,7 +1,7 @@
 // bench_decode.cu - decode attention of one layer on the GPU: every format over the shapes of Llama-2-7B, Llama-3-8B and
 // Llama-3.2-1B.
 //
-//   build/bench_decode [format [shape]]
+//   build/bench_decode [--json] [format [shape]]        --json: one object, a line for build/plot table
 //
 // us a call: median of 9 replays of a CUDA graph of back-to-back calls, one a layer; the layers hold more than 200 MB, so codes
 // come from memory and not from L2.  The row sees T tokens in full blocks, one more and itself (a step that seals nothing);
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include "cases.h"
 #include "cuda.cuh"
 
@@ -108,9 +109,11 @@ static Timed time_calls(const Ops &gpu, const Shape &s, KvFormat f) {
 }
 
 int main(int argc, char **argv) {
-    std::string why_not;
+    const bool json = argc > 1 && strcmp(argv[1], "--json") == 0;
+    if (json) argc--, argv++;
+    std::string why_not, rows;
     const Ops *gpu = cuda_ops(&why_not);
-    if (!gpu) return printf("SKIPPED: %s\n", why_not.c_str()), 0;
+    if (!gpu) return fprintf(json ? stderr : stdout, "SKIPPED: %s\n", why_not.c_str()), json;
     double read;
     {
         const int64_t bytes = (int64_t)1 << 30;
@@ -118,7 +121,7 @@ int main(int argc, char **argv) {
         read = gpu->read_gb_s(p, bytes, 5);
         gpu->release(p);
     }
-    printf("read bandwidth %.0f GB/s\n%6s %4s %3s %7s %7s %9s %8s %6s %7s %9s\n", read, "heads", "d", "B", "T", "format", "us", "GB/s", "share", "x f16", "us open");
+    if (!json) printf("read bandwidth %.0f GB/s\n%6s %4s %3s %7s %7s %9s %8s %6s %7s %9s\n", read, "heads", "d", "B", "T", "format", "us", "GB/s", "share", "x f16", "us open");
     for (const Shape &s : SHAPES) {
         double f16_us = 0;
         for (KvFormat f : {KvFormat::f16, KvFormat::nsn4b, KvFormat::nsn2b, KvFormat::nsn2, KvFormat::nsn1}) {
@@ -126,6 +129,11 @@ int main(int argc, char **argv) {
             if (argc > 2 && &s - SHAPES != atoi(argv[2])) continue;
             const Timed t = time_calls(*gpu, s, f);
             const double us = t.us[0], gb_s = t.sealed_bytes / us / 1e3;
+            if (json) {
+                rows += strf("%s{\"shape\":\"%d/%d heads of %d\",\"b\":%d,\"tokens\":%d,\"kv\":\"%s\",\"us\":%.3f,\"us_open\":%.3f,\"gb_s\":%.2f,\"share\":%.4f,\"limit_us\":%.3f}",
+                             rows.empty() ? "" : ",", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, t.us[1], gb_s, gb_s / read, t.sealed_bytes / read / 1e3);
+                continue;
+            }
             if (f == KvFormat::f16) f16_us = us;
             printf("%3d/%-2d %4d %3d %7d %7s %9.1f %8.0f %6.2f", s.Hq, s.Hkv, s.d, s.B, s.T, kv_format_name(f), us, gb_s, gb_s / read);
             f16_us > 0 ? printf(" %7.2f", f16_us / us) : printf(" %7s", "");
@@ -133,5 +141,6 @@ int main(int argc, char **argv) {
             fflush(stdout);
         }
     }
+    if (json) printf("{\"device\":\"%s\",\"read_gb_s\":%.2f,\"rows\":[%s]}\n", gpu->name, read, rows.c_str());
 }
 #endif

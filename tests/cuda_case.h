@@ -15,6 +15,13 @@ inline const Ops *find_gpu() {
     return ops;
 }
 
+// Under a sanitizer kernels take 10 to 100 times as long: with EVERY=n in the environment, loops over cases take every n-th.
+inline bool taken() {
+    static const int every = getenv("EVERY") ? std::max(1, atoi(getenv("EVERY"))) : 1;
+    static int seen = 0;
+    return seen++ % every == 0;
+}
+
 // What attention_decode.cu takes, and how far codes are off there: 16-bit queries and weights, f16 cosines (the design's bound).
 constexpr double DECODE_BOUND = 1e-3;
 inline bool decodes_codes(KvFormat k, KvFormat v, int d) { return (d == 64 || d == 128) && k != KvFormat::f16 && v != KvFormat::f16 && !kv_is_scalar(k) && !kv_is_scalar(v); }

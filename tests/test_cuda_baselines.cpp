@@ -45,6 +45,7 @@ TEST_CASE("cuda baselines: sealing gives the reference's bytes") {
     int64_t total = 0, compared = 0;
     for (KvFormat f : SCALARS)
         for (int d : HEAD_DIMS) {
+            if (!taken()) continue;
             const int Hkv = 2, n = Hkv * d, layers = f == KvFormat::xquant ? 4 : 1, T = 8 * KV_BLOCK + 1;
             Config c = attention_config(Hkv, 1, d, layers);
             KvCache caches[2];
@@ -104,6 +105,7 @@ TEST_CASE("cuda baselines: attention over every format, alone and mixed, the CPU
     if (!gpu) return;
     double worst = 0;
     auto check = [&](const KvOptions &o, int d, int G) {
+        if (!taken()) return;
         BothCaches s(*gpu, attention_config(d == 256 ? 1 : 2, G, d), {1, 64, 129, 330}, o, d);
         std::vector<float> want;
         INFO("d ", d, " K ", std::string(kv_format_name(o.k_format)), " V ", std::string(kv_format_name(o.v_format)));
@@ -129,6 +131,7 @@ TEST_CASE("cuda baselines: prefill of any step size and decode give the same bit
     if (!gpu) return;
     for (KvFormat f : SCALARS)
         for (int d : {24, 128}) {
+            if (!taken()) continue;
             auto run = [&](int rows) {
                 BothCaches s(*gpu, attention_config(2, 2, d), {300, 70}, {f, f}, 7);
                 std::vector<std::vector<float>> y(2);

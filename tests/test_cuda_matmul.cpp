@@ -25,6 +25,7 @@ TEST_CASE("cuda: matmul against the reference in f64") {
         for (int in : {1, 7, 8, 9, 64, 100, 1016, 1024, 1032, 2080})
             for (int out : {1, 3, 4, 5, 33, 128})
                 for (int N : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 32, 33}) {
+                    if (!taken()) continue;
                     const HostMatrix W((size_t)in * out, type, in * 1000 + out);
                     std::vector<float> x = random_floats((size_t)N * in, N), want((size_t)N * out);
                     const StepOn step(*gpu, plain_rows(N), 1, 8, in);
@@ -117,6 +118,7 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
                         if (in > 2000 && (out != 33 || up_type != type)) continue;    // the time it takes
                         // thread blocks of several tiles, and of more than are added up at a time
                         if ((out == 4400 && !(in == 1032 && type == DType::f16)) || (out == 9000 && in != 40)) continue;
+                        if (!taken()) continue;
                         INFO("in ", in, " out ", out, " N ", N, " dtype ", (int)type, " ", (int)up_type);
                         const int kv_out = out / 2 + 1;
                         const float eps = 1e-5f;
@@ -210,6 +212,7 @@ TEST_CASE("cuda: products of 9 to 32 rows by clusters of every size against f64,
     }
     struct Case { int in, out; };
     for (const Case c : {Case{8, 20}, {200, 100}, {1032, 1000}, {72, 6001}, {72, 12005}, {72, 16005}, {136, 23400}, {72, 34100}}) {
+        if (!taken()) continue;
         INFO("in ", c.in, " out ", c.out);
         const int N = BATCH_ROWS, n_out = c.out / 2;
         const HostMatrix W((size_t)c.in * c.out, DType::f16, 2);

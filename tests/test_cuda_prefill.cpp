@@ -202,6 +202,7 @@ TEST_CASE("cuda prefill: steps of any size at any position, every number of head
             for (int from : {0, 1, 63, 64, 65, 200, 1000})
                 for (int rows : {9, 64, 65, 300}) {
                     const int G = CASE_GQA[n++ % 7], Hkv = G > 4 ? 1 : 2;
+                    if (!taken()) continue;
                     KvOptions o;
                     o.k_format = o.v_format = f;
                     Sequences s(*gpu, attention_config(Hkv, G, d), {from + rows}, o);
@@ -221,7 +222,7 @@ TEST_CASE("cuda prefill: every pair of formats, sinks, recents, exact prefill, s
             for (int d : {64, 128})
                 for (int kept : {0, 1, 2})
                     for (bool exact : {false, true}) {
-                        if (k != v && (kept != (k + v) % 3 || exact != (k > v))) continue;
+                        if ((k != v && (kept != (k + v) % 3 || exact != (k > v))) || !taken()) continue;
                         KvOptions o;
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = kept * 64, o.recent = kept % 2 * 128, o.exact_prefill = exact;

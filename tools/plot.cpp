@@ -1,4 +1,4 @@
-// plot.cpp - SVG plots of the figures that --ppl --json and --bench --json print.
+// plot.cpp - SVG plots and a table of the figures that --ppl --json and --bench --json print.
 #include <algorithm>
 #include <cmath>
 #include <fstream>
@@ -10,9 +10,10 @@
 static const char *USAGE =
     "usage: plot frontier [FILE...] [-o OUT.svg]     what a format costs: bits a value against KL divergence\n"
     "       plot depth [FILE...] [-o OUT.svg]        tokens a second against tokens in the cache, dashed: what the machine allows\n"
+    "       plot table [FILE...] [-o OUT.txt]        speeds as text, each beside what the read bandwidth allows\n"
     "\n"
     "  FILE holds one JSON object a line: of run --ppl TEXT --against f16 --json for frontier, of run --bench --json for\n"
-    "  depth; without FILE stdin is read.  Without -o the plot goes to stdout.\n";
+    "  depth, of this and of bench_decode --json for table; without FILE stdin is read.  Without -o the result goes to stdout.\n";
 
 // ---- a plot: two axes, series of points -------------------------------------------------------------------
 struct Point {
@@ -329,11 +330,54 @@ static Plot plot_depth(const std::vector<Row> &lines) {
     return p;
 }
 
+// ---- the table --------------------------------------------------------------------------------------------
+static std::string table(const std::vector<Row> &lines) {
+    std::vector<std::vector<std::string>> cells = {
+        {"what", "device", "kv", "unit", "batch", "depth", "measured", "allowed", "GB/s", "share", "prefill tok/s", "seal stall"}};
+    constexpr size_t LEFT_COLUMNS = 4;                              // of text; numbers end where their column ends
+    std::map<std::string, std::pair<double, double>> bandwidths;    // of a device, GB/s: least and most of all lines
+    for (const auto &[j, w] : lines) {
+        auto text = [&, &w = w](const Json &object, const char *key) { return printable(get_string(get_field(object, key, w), key, w)); };
+        const bool model = j.contains("model");    // or attention alone
+        const std::string device = text(j, "device");
+        const double bandwidth = number(j, "read_gb_s", w);
+        auto &[least, most] = bandwidths.insert({device, {bandwidth, bandwidth}}).first->second;
+        least = std::min(least, bandwidth), most = std::max(most, bandwidth);
+        for (const Json &row : get_field(j, "rows", w))
+            cells.push_back({model ? printable(base_name(get_string(get_field(j, "model", w), "model", w))) + ", " + text(j, "weights") : "attention, " + text(row, "shape"),
+                             device,
+                             short_pair(text(row, "kv")),
+                             model ? "tok/s" : "us",
+                             strf("%.0f", number(row, "b", w)),
+                             strf("%.0f", number(row, model ? "depth" : "tokens", w)),
+                             strf("%.1f", number(row, model ? "decode_tok_s" : "us", w)),
+                             strf("%.1f", number(row, model ? "limit_tok_s" : "limit_us", w)),
+                             strf("%.1f", number(row, "gb_s", w)),
+                             strf("%.0f%%", 100 * number(row, "share", w)),
+                             model ? strf("%.0f", number(row, "prefill_tok_s", w)) : "",
+                             row.contains("seal_stall") ? strf("%+.1f%%", 100 * number(row, "seal_stall", w)) : ""});
+    }
+    if (cells.size() == 1) fail("%s: no rows", lines[0].where.c_str());
+    std::vector<size_t> widths(cells[0].size());
+    for (const auto &row : cells)
+        for (size_t i = 0; i < row.size(); i++) widths[i] = std::max(widths[i], row[i].size());
+    std::string out;
+    for (const auto &row : cells) {
+        for (size_t i = 0; i < row.size(); i++) out += strf(i < LEFT_COLUMNS ? "%-*s  " : "%*s  ", (int)widths[i], row[i].c_str());
+        out.erase(out.find_last_not_of(' ') + 1);
+        out += '\n';
+    }
+    out += "\nallowed: if reading its bytes were all that a step does; share: of the read bandwidth measured in the same run,";
+    for (const auto &[device, range] : bandwidths)
+        out += (&device == &bandwidths.begin()->first ? " " : ", ") + device + (range.first < range.second ? strf(" %.1f to", range.first) : "") + strf(" %.1f GB/s", range.second);
+    return out + "\n";
+}
+
 static void run(Arguments arguments) {
     std::string kind, word, output;
-    if (!arguments.next(&kind)) refuse("expected plot frontier or plot depth (plot --help says more)");
+    if (!arguments.next(&kind)) refuse("expected plot frontier, plot depth or plot table (plot --help says more)");
     if (kind == "-h" || kind == "--help") { printf("%s", USAGE); return; }
-    if (kind != "frontier" && kind != "depth") refuse("'%s': expected frontier or depth", kind.c_str());
+    if (kind != "frontier" && kind != "depth" && kind != "table") refuse("'%s': expected frontier, depth or table", kind.c_str());
     std::vector<std::string> paths;
     while (arguments.next(&word)) {
         if (word == "-o") output = arguments.value();
@@ -342,10 +386,10 @@ static void run(Arguments arguments) {
     }
     if (paths.empty()) paths.push_back("-");
     const std::vector<Row> rows = read_rows(paths);
-    const std::string svg = draw(kind == "frontier" ? plot_frontier(rows) : plot_depth(rows));
+    const std::string result = kind == "table" ? table(rows) : draw(kind == "frontier" ? plot_frontier(rows) : plot_depth(rows));
     FILE *f = output.empty() ? stdout : fopen(output.c_str(), "wb");
     if (!f) fail("%s: cannot create (%s)", output.c_str(), strerror(errno));
-    const bool written = fwrite(svg.data(), 1, svg.size(), f) == svg.size();
+    const bool written = fwrite(result.data(), 1, result.size(), f) == result.size();
     if ((f != stdout && fclose(f) != 0) || !written) fail("%s: cannot write", output.empty() ? "stdout" : output.c_str());
 }
 

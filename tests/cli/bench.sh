@@ -25,6 +25,35 @@ grep -q "^left out: depth 200000000: memory: " "$work/err" && grep -q '"rows":\[
 "$run" $model --bench -d 200000000 -b 100 >"$work/out" 2>"$work/err" && die "nothing fits, and exit code 0"
 tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$work/err")"
 
+# a step that seals against one that does not: only where blocks are coded, and three of them sealed
+"$run" $model --bench -d 0 --kv f16,nsn2b -n 200 --prompt-tokens 8 --json >"$work/json" 2>"$work/err" || die "-n 200: $(cat "$work/err")"
+[ "$(grep -o '"kv":"nsn2b/nsn2b".*"seal_stall":' "$work/json" | wc -l)" = 1 ] && [ "$(grep -o seal_stall "$work/json" | wc -l)" = 1 ] || die "seal_stall: $(cat "$work/json")"
+get seal_stall <"$work/json" | awk '!($1 > -1) { exit 1 }' || die "seal_stall: $(cat "$work/json")"
+"$run" $model --bench -d 64 --kv nsn2b -n 128 --prompt-tokens 8 --json 2>/dev/null | grep -q seal_stall && die "seal_stall of two sealed blocks"
+
+# the table: of these lines, and of attention alone
+plot=${BUILD:-build}/tool-plot
+[ -x "$plot" ] || plot=build/plot
+cat >"$work/lines" <<'END'
+{"model":"models/a.bin","weights":"q4","device":"cpu","read_gb_s":20,"rows":[{"depth":768,"b":3,"kv":"nsn2b/nsn2b","prefill_tok_s":5000.4,"decode_tok_s":812.34,"gb_s":14.04,"share":0.702,"limit_tok_s":1157.25,"seal_stall":0.041},{"depth":0,"b":1,"kv":"f16/nsn1","prefill_tok_s":1,"decode_tok_s":2,"gb_s":3,"share":0.04,"limit_tok_s":5}]}
+{"device":"cuda","read_gb_s":3000,"rows":[{"shape":"32/8 heads of 128","b":32,"tokens":8192,"kv":"nsn2b","us":70.64,"us_open":72,"gb_s":2200,"share":0.733,"limit_us":51.8}]}
+END
+"$plot" table "$work/lines" -o "$work/table" || die "plot table"
+tr -s ' ' <"$work/table" >"$work/cells"
+for row in "a.bin, q4 cpu nsn2b tok/s 3 768 812.3 1157.2 14.0 70% 5000 +4.1%" "a.bin, q4 cpu f16/nsn1 tok/s 1 0 2.0 5.0 3.0 4% 1" \
+    "attention, 32/8 heads of 128 cuda nsn2b us 32 8192 70.6 51.8 2200.0 73%"; do
+    grep -qxF "$row" "$work/cells" || die "the table has no row '$row': $(cat "$work/table")"
+done
+[ "$(sed -n 2,4p "$work/table" | awk '{ print index($0, "%") }' | uniq | wc -l)" = 1 ] && "$plot" table "$work/json" | grep -q "^books-5m.bin, bf16 .* nsn2b " || die "the table: $("$plot" table "$work/json")"
+sed '2s/"us":70.64/"us":"fast"/' "$work/lines" >"$work/bad"
+refuses 1 "bad:2: us: expected a number, found .fast" "$plot" table "$work/bad"
+sed '1s/"weights":"q4",//' "$work/lines" >"$work/bad"
+refuses 1 "bad:1: weights: missing" "$plot" table "$work/bad"
+echo '{"device":"cuda"' >"$work/bad"
+refuses 1 "bad:1: not valid JSON" "$plot" table "$work/bad"
+echo '{"model":"a","device":"cpu","read_gb_s":1,"weights":"q4","rows":[]}' >"$work/bad"
+refuses 1 "bad:1: no rows" "$plot" table "$work/bad"
+
 refuses 2 "max: only for --bench" "$run" $model -p x -b max
 refuses 2 "'most': expected a number from 1 to 65536" "$run" $model --bench -b most
 refuses 2 "a list is for --bench" "$run" $model -p x --kv f16,nsn2b

@@ -56,5 +56,5 @@ for kv in nsn1 nsn2; do ppl -c 128 --windows 1 --kv $kv --against f16 >>"$work/r
 [ "$(grep -o '<circle' "$work/plot.svg" | wc -l)" = 2 ] && grep -q '>nsn1<' "$work/plot.svg" && grep -q '>nsn2<' "$work/plot.svg" || die "the plot"
 ppl -c 100 --windows 1 --kv nsn1 --against f16 >>"$work/rows"
 refuses 1 "rows:3: context: expected 128 as in .*rows:1, found 100" "$plot" frontier "$work/rows"
-refuses 2 "expected frontier or depth" "$plot" pie
+refuses 2 "expected frontier, depth or table" "$plot" pie
 exit 0
