@@ -31,6 +31,8 @@
 //         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
 //         that were just stored), or for values alone (11%).
 //         Tried: codewords in token order, lanes of a token folded afterwards (84 more instructions a query).
+//         Tried: loops over sums unrolled by templates, so that GCC 12 copies no sum to another register and back (5% at best, the
+//         machine's own noise), and the codebook kept out of registers beside it (nothing).
 //
 // Sums over values stand plane by plane until codes_in_order().
 // Tested by tests/test_attention_codes.cpp and test_attention.cpp                  Timed by tests/bench_attention.cpp
