@@ -96,13 +96,6 @@ static double seal_stall(const KvView &kv, int depth, const std::vector<double> 
     return median(sealing) / median(others) - 1;
 }
 
-// What the layers' matrices are in where they are read, as --dtype says it; of mixed ones, w_gate.
-static const char *weights_name(const Model &m) {
-    for (const char *name : {"f32", "f16", "bf16", "q8"})
-        if (m.layers[0].w_gate.type == parse_dtype(name)) return name;
-    return "q4";
-}
-
 struct Row {
     int depth, slots;
     KvOptions kv;
@@ -226,7 +219,7 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                 for (const int depth : depths) measure(kv, std::max(1, largest_batch(m, ops, o, kv, depth)), {depth});
     if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
-        OrderedJson all = {{"model", o.model}, {"weights", weights_name(m)}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
+        OrderedJson all = {{"model", o.model}, {"weights", dtype_option(m.layers[0].w_gate.type)}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
                            {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
         if (!too_large.empty()) all["too_large"] = too_large;
         printf("%s\n", all.dump().c_str());

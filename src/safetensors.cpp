@@ -41,10 +41,14 @@ bool dtype_from_name(const std::string &name, DType *type) {
     return false;
 }
 
+static constexpr std::pair<const char *, DType> OPTION_NAMES[] = {
+    {"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}, {"q8", DType::q8}, {"q4", DType::q4}};
+const char *dtype_option(DType type) {
+    for (const auto &n : OPTION_NAMES) if (type == n.second) return n.first;
+    return "";
+}
 DType parse_dtype(const std::string &name) {
-    const std::pair<const char *, DType> names[] = {
-        {"f32", DType::f32}, {"f16", DType::f16}, {"bf16", DType::bf16}, {"q8", DType::q8}, {"q4", DType::q4}};
-    for (const auto &n : names) if (name == n.first) return n.second;
+    for (const auto &n : OPTION_NAMES) if (name == n.first) return n.second;
     refuse("--dtype '%s': expected f32, f16, bf16, q8 or q4", printable(name).c_str());
 }
 

@@ -48,7 +48,8 @@ int dtype_bytes(const std::string &name);
 // that others use for other things, so there is no way back from them.
 const char *dtype_name(DType type);
 bool dtype_from_name(const std::string &name, DType *type);
-// "f32", "f16", "bf16", "q8" or "q4" of a command line; refuses any other.
+// "f32", "f16", "bf16", "q8" or "q4" as command lines say it, and back; refuses any other.
+const char *dtype_option(DType type);
 DType parse_dtype(const std::string &name);
 // "(4096, 256)", for messages.
 std::string shape_text(const std::vector<int64_t> &shape);
