@@ -81,7 +81,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
                     return rebuild(x.data(), key ? kv.k_format : kv.v_format, key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i),
                                    kv.beside(key, layer, slot, h, i), kv, d, t, key);
                 const f16 *from = t >= pos0 ? (key ? k16 : v16) + ((int64_t)(b.first[n] + t - pos0) * kv.Hkv + h) * d
-                                            : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer, slot, h, i) + t % KV_BLOCK * d;
+                                            : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer, slot, h, t);
                 f16 one[KV_BLOCK * MAX_HEAD_DIM];    // an f16 block that holds this row alone
                 memcpy(one + t % KV_BLOCK * d, from, d * sizeof(f16));
                 rebuild(x.data(), KvFormat::f16, (const uint8_t *)one, nullptr, kv, d, t, key);
@@ -286,8 +286,8 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     for (int n = 0, rows; n < b.N; n += rows) {
         const SlotStep step = {b.slot[n], b.first[n], b.pos[b.first[n]]};
         rows = 1;
-        while (rows < ROW_TILE && n + rows < b.N && b.first[n + rows] == step.row0 && b.pos[n + rows] / KV_BLOCK == b.pos[n] / KV_BLOCK) rows++;
-        const int end = kv.coded_end(kv.exact_prefill ? step.pos0 : b.pos[n]), n_blocks = b.pos[n] / KV_BLOCK + 1;
+        while (rows < ROW_TILE && n + rows < b.N && b.first[n + rows] == step.row0 && kv.stretch(b.pos[n + rows]) == kv.stretch(b.pos[n])) rows++;
+        const int end = kv.coded_end(kv.exact_prefill ? step.pos0 : b.pos[n]), n_blocks = b.pos[n + rows - 1] / KV_BLOCK + 1;
         for (int h = 0; h < kv.Hkv; h++) tasks.push_back({step, n, rows, h, end, n_blocks});
         segments = std::max(segments, ceil_div(n_blocks, SEGMENT));
     }

@@ -3,8 +3,8 @@
    Math      As there, with one difference: a block's plain keys are turned by their full position when they are brought in,
                  q . k_t = (R q) . code_t + q . RoPE_t(plain_t),      sum p_t v_t = R (sum p_t code_t) + sum p_t plain_t
              so queries stay as they are.
-   Work      A thread block takes a query tile and one kv head: up to M of the rows x G queries of a row tile (rows of one slot in
-             one block of positions).  Block after block of the cache goes through shared memory as f32 (KV_BLOCK, d), at most
+   Work      A thread block takes a query tile and one kv head: up to M of the rows x G queries of half a row tile (rows of one slot
+             in one block of positions).  Block after block of the cache goes through shared memory as f32 (KV_BLOCK, d), at most
              four times: K plain, K code, V plain, V code; blocks in a scalar format have no plain half.  Warp w owns queries
              w M/8 .. : its lanes hold the scores of tokens lane and lane + 32, then channels of the sums, so softmax never leaves
              the warp.
@@ -43,8 +43,14 @@ struct Args {
     float *part_o;     // (N, Hq, MAX_SEGMENTS, 2, d)  plain half, code half
     float2 *part_ml;   // (N, Hq, MAX_SEGMENTS)        m, l
     int layer, Hq, G, M_tiles;
+    int halves;        // of a row tile: 1 where it is one row
     bool split;
 };
+// Half 0 or 1 of a tile: its rows in the block of positions that it begins in, those in the next.
+__device__ inline RowTile half_of(RowTile tile, int half, const int *pos) {
+    const int first = min(tile.rows, KV_BLOCK - pos[tile.row] % KV_BLOCK);
+    return half ? RowTile{tile.row + first, tile.rows - first} : RowTile{tile.row, first};
+}
 
 // ---- a block of the cache as f32 in shared memory -------------------------------------------------------
 // tile (KV_BLOCK, stride) <- the code or the plain half of a sealed block: Format::load_code and load_plain for a head
@@ -85,16 +91,14 @@ __device__ inline void stage_plain(float *tile, int stride, const SealedFormat &
     for (int i = threadIdx.x; i < KV_BLOCK * d; i += THREADS) tile[i / d * stride + i % d] = b.s1->at(i / d) * b.mean_at(i % d);
 }
 
-// Rows of f16: those of block i before the step at old + t d, those of this step at fresh + (t - n_old) fresh_stride; n rows in
-// all, the rest zero.
-struct F16Rows { const f16 *old, *fresh; int n_old, n; int64_t fresh_stride; };
-__device__ inline void stage_rows(float *tile, int stride, const F16Rows &r, int d) {
+// n rows of f16, row t at row_at(t), the rest zero.
+template <class RowAt> __device__ inline void stage_rows(float *tile, int stride, int n, RowAt row_at, int d) {
     const int chunks = d / 8;
     for (int i = threadIdx.x; i < KV_BLOCK * chunks; i += THREADS) {
         const int t = i / chunks, c = i % chunks * 8;
         float x[8] = {};
-        if (t < r.n) {
-            const uint4 raw = *(const uint4 *)(t < r.n_old ? r.old + (int64_t)t * d + c : r.fresh + (t - r.n_old) * r.fresh_stride + c);
+        if (t < n) {
+            const uint4 raw = *(const uint4 *)(row_at(t) + c);
             f16 h[8];
             memcpy(h, &raw, 16);
             for (int j = 0; j < 8; j++) x[j] = to_f32(h[j]);
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
     constexpr int R = M / WARPS, STRIDE = DMAX + PAD, C = DMAX / 32, W = C < 4 ? C : 4;
     const KvView &kv = a.kv;
     const int d = kv.d, G = a.G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const RowTile tile = a.tiles[blockIdx.x];
+    const RowTile tile = half_of(a.tiles[blockIdx.x / a.halves], blockIdx.x % a.halves, a.b.pos);
     const int h = blockIdx.y / a.M_tiles, m0 = blockIdx.y % a.M_tiles * M, n_queries = min(M, tile.rows * G - m0);
     if (n_queries <= 0) return;
     const int slot = a.b.slot[tile.row], row0 = a.b.first[tile.row], step_pos = a.b.pos[row0], pos = a.b.pos[tile.row];
@@ -207,14 +211,12 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
             }
         }
     };
-    auto f16_rows = [&](int i, bool sealed, uint8_t *block, const f16 *ring, const f16 *fresh) {
-        F16Rows r;
-        r.n = min(KV_BLOCK, pos / KV_BLOCK == i ? a.b.pos[tile.row + tile.rows - 1] % KV_BLOCK + 1 : KV_BLOCK);
-        r.n_old = sealed ? r.n : max(0, min(r.n, step_pos - i * KV_BLOCK));
-        r.old = sealed ? (const f16 *)block : ring + kv.exact_at(a.layer, slot, h, i);
-        r.fresh_stride = (int64_t)kv.Hkv * d;
-        r.fresh = fresh + ((int64_t)(row0 + i * KV_BLOCK + r.n_old - step_pos) * kv.Hkv + h) * d;
-        return r;
+    // The fp16 rows of block i that the tile's last row sees.
+    auto stage_f16 = [&](int i, bool sealed, const uint8_t *block, const f16 *ring, const f16 *fresh) {
+        stage_rows(x, STRIDE, min(KV_BLOCK, pos + tile.rows - i * KV_BLOCK), [&](int t) {
+            const int at = i * KV_BLOCK + t;
+            return sealed ? (const f16 *)block + t * d : at < step_pos ? ring + kv.exact_at(a.layer, slot, h, at) : fresh + ((int64_t)(row0 + at - step_pos) * kv.Hkv + h) * d;
+        }, d);
     };
 
     for (int i = begin; i < end; i++) {
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
         __syncthreads();
         if (!(k_coded && k_scalar)) {
             if (k_coded) stage_plain(x, STRIDE, a.k_sealed, k_block, d);
-            else stage_rows(x, STRIDE, f16_rows(i, sealed, k_block, kv.k_exact, a.k16), d);
+            else stage_f16(i, sealed, k_block, kv.k_exact, a.k16);
             __syncthreads();
             if (!(k_coded && kv.ablate & NO_PRE_ROPE)) turn_rows(x, STRIDE, kv.rope, i * KV_BLOCK, d);
             __syncthreads();
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
         __syncthreads();
         if (!(v_coded && v_scalar)) {
             if (v_coded) stage_plain(x, STRIDE, a.v_sealed, v_block, d);
-            else stage_rows(x, STRIDE, f16_rows(i, sealed, v_block, kv.v_exact, a.v16), d);
+            else stage_f16(i, sealed, v_block, kv.v_exact, a.v16);
             __syncthreads();
             add_values(part.o[0]);
         }
@@ -341,7 +343,7 @@ template <int DMAX, int M> static void launch(Args &a, int n_tiles, int tile_row
     static const cudaError_t allowed = cudaFuncSetAttribute(attention_any_kernel<DMAX, M>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     CUDA_CHECK(allowed);
     a.M_tiles = (int)ceil_div(tile_rows * a.G, M);
-    attention_any_kernel<DMAX, M><<<dim3(n_tiles, a.kv.Hkv * a.M_tiles, n_segments), THREADS, bytes, stream>>>(a);
+    attention_any_kernel<DMAX, M><<<dim3(n_tiles * a.halves, a.kv.Hkv * a.M_tiles, n_segments), THREADS, bytes, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -350,12 +352,13 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();
-    Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, b.N <= SPLIT_ROWS};
+    Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, 1, b.N <= SPLIT_ROWS};
     // The grid is that of the longest context, whatever the positions: graphs repeat this launch.
     // Thread blocks beyond a row's last segment return at once.
     const int n_segments = a.split ? std::min(MAX_SEGMENTS, (int)ceil_div(kv.max_blocks, MIN_SEGMENT)) : 1;
     int tile_rows = 1;
     for (const RowTile &t : step.tiles) tile_rows = std::max(tile_rows, t.rows);
+    if (tile_rows > 1) a.halves = 2;
     if (a.split) a.part_ml = (float2 *)(a.part_o + (int64_t)b.N * Hq * MAX_SEGMENTS * 2 * d);
     const bool few = tile_rows * a.G <= 8;
     if (d > 128) launch<256, 8>(a, n_tiles, tile_rows, n_segments);

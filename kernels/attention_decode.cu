@@ -43,11 +43,12 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
         const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
         ExactTokens<D, Q> tokens;
-        auto rows_of = [&](bool key, int i) -> const f16 * {
-            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i));
-            return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i);
+        auto rows_of = [&](bool key, int g) -> const f16 * {
+            const int i = g / GROUPS;
+            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i)) + g % GROUPS * GROUP * D;
+            return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, g * GROUP);
         };
-        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g / GROUPS), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
+        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
         int g = begin + warp;
         if (g < end) load_keys(g);
         for (int q = warp; q < Q; q += F16_WARPS) {
@@ -58,7 +59,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         __syncthreads();
         for (; g < end; g += F16_WARPS) {
             const int i = g / GROUPS, t0 = g % GROUPS * GROUP, own = pos - i * KV_BLOCK;
-            tokens.load_values(rows_of(false, i), own_rows.v, t0, own);
+            tokens.load_values(rows_of(false, g), own_rows.v, t0, own);
             tokens.turn_queries([&](int q, int p) { return scaled[q][(p < PAIRS ? p : D / 2 - PAIRS + p) + PAIRS * lane]; }, kv.rope.base + (int64_t)i * D);
             const float score = tokens.scores(kv.rope.step, t0, own);
             if (g + F16_WARPS < end) load_keys(g + F16_WARPS);
@@ -124,7 +125,7 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
     const int reach = f16_only ? parts_of(step.reach() * GROUPS, F16_WARPS, room) : parts_of(step.reach(), b.N <= FEW_ROWS ? BLOCKS_EACH : 1, room);
     const Work w = work_of(b.N, Hq, kv.d, room);
     uint8_t *const work = (uint8_t *)step.work;
-    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, step.most_seals(kv) > 0};
+    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team};
     if (!f16_only) return decode_codes(a);
     if (Q == 1) return kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
     kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);
@@ -139,7 +140,7 @@ bool attention_decode(float *y, const float *q, const KvView &kv, int layer, con
 bool attend(float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq) {
     const Step &step = step_of(b);
     if (!serves(kv, step)) return false;
-    if (const int seals = step.most_seals(kv)) seal_blocks(kv, layer, k16, v16, step, seals);    // of the ring, before the rows go there
+    if (const int seals = step.most_seals(kv)) seal_blocks(kv, layer, k16, v16, step, seals);    // of the ring; later steps read them
     decode(y, q, k, v, nullptr, nullptr, kv, layer, b, Hq);
     return true;
 }

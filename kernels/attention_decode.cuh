@@ -26,7 +26,6 @@ struct DecodeArgs {
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
     int room, reach;           // parts that a row and head can have; that those of this step can have
     int team;                  // warps that share a part of codes
-    bool seals;                // this step seals blocks
     HD bool fresh() const { return k16 == nullptr; }
 };
 
@@ -76,7 +75,7 @@ template <int D> __device__ inline OwnRow own_row(const DecodeArgs &a, int n, in
     const int64_t row = ((int64_t)n * a.kv.Hkv + h) * D;
     if (!a.fresh()) return {a.k16 + row, a.v16 + row};
     if (mine) {
-        const int64_t ring = a.kv.exact_at(a.layer, slot, h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * D;
+        const int64_t ring = a.kv.exact_at(a.layer, slot, h, pos);
         for (int c = threadIdx.x % 32; c < D; c += 32) {
             const f16 key = to_f16(a.k[row + c]), value = to_f16(a.v[row + c]);
             a.kv.k_exact[ring + c] = here[c] = key, a.kv.v_exact[ring + c] = here[D + c] = value;
@@ -123,16 +122,15 @@ template <int D, int Q> struct ExactTokens {
             }
         }
     }
-    // Tokens t0 .. of a block; rows are D apart, that of token `own` is elsewhere and the last one (beyond the block: all are there).
+    // Tokens t0 .. of a block; `rows` are D apart, that of token `own` is elsewhere and the last one (behind the group: all are there).
     // Tokens behind it are the last one again.
     template <int N> __device__ static void load_rows(Halves<N> (&x)[GROUP], const f16 *rows, const f16 *own_row, int t0, int own) {
         if (t0 + GROUP <= own) {
-            rows += t0 * D;
 #pragma unroll
             for (int i = 0; i < GROUP; i++) x[i] = *(const Halves<N> *)(rows + i * D);
         } else
 #pragma unroll
-            for (int i = 0; i < GROUP; i++) x[i] = *(const Halves<N> *)(t0 + i >= own ? own_row : rows + (t0 + i) * D);
+            for (int i = 0; i < GROUP; i++) x[i] = *(const Halves<N> *)(t0 + i >= own ? own_row : rows + i * D);
     }
     __device__ void load_keys(const f16 *rows, const f16 *own_row, int t0, int own) {
         const int c = PAIRS * (threadIdx.x % 32);

@@ -78,7 +78,7 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
     f16 *to = (key ? a.k : a.v) + a.unpacked_at(coded, s, i, h);
     const bool lookup = sealed && (key ? kv.k_format : kv.v_format) != KvFormat::f16;
     uint8_t *block = !sealed ? nullptr : key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i);
-    const f16 *old = sealed ? (const f16 *)block : (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i), *fresh = key ? a.k16 : a.v16;
+    const f16 *ring = key ? kv.k_exact : kv.v_exact, *fresh = key ? a.k16 : a.v16;
     const SealedFormat &format = key ? a.k_sealed : a.v_sealed;
     const NsnFields f = format.fields(block);
     const int shift = __ffs(f.channels) - 1;
@@ -105,7 +105,7 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
             hadamard_lanes(x);
         } else {
             const bool from_step = !sealed && pos >= p0;
-            const f16 *row = from_step ? fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * D : old + t * D;
+            const f16 *row = from_step ? fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * D : sealed ? (const f16 *)block + t * D : ring + kv.exact_at(a.layer, slot, h, pos);
             for (int c = 0; c < C; c++) x[c] = 0.0f, plain[c] = pos <= last ? to_f32(row[lane * C + c]) : 0.0f;
         }
         if (key) turn_lanes(plain, kv.rope, pos);
@@ -135,7 +135,8 @@ template <int D> __global__ void __launch_bounds__(32 * WARPS, 3) attention_pref
     const int m_tile = blockIdx.x % a.m_tiles, h = blockIdx.x / a.m_tiles % kv.Hkv;
     const RowTile tile = a.tiles[a.n_tiles - 1 - blockIdx.x / a.m_tiles / kv.Hkv];    // late rows read most: they begin first
     const int step_pos = a.b.pos[a.b.first[tile.row]], pos = a.b.pos[tile.row];
-    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos), last = pos / KV_BLOCK, end = min(a.begin + a.W, last + 1);
+    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos);    // of all its rows, whose own blocks are two at most
+    const int own_begin = pos / KV_BLOCK, last = (pos + tile.rows - 1) / KV_BLOCK, end = min(a.begin + a.W, last + 1);
     const int m0 = (m_tile * WARPS + warp) * 16, n_queries = tile.rows * a.G;    // query m is row m / G, head m % G
     if (m_tile * WARPS * 16 >= n_queries || a.begin >= end) return;
     int s_index = 0;
@@ -158,12 +159,12 @@ template <int D> __global__ void __launch_bounds__(32 * WARPS, 3) attention_pref
 
     int64_t query[2];    // of rows g and g + 8
     bool real[2];
-    int visible[2];      // tokens of the last block
+    int visible[2];      // tokens
     for (int r = 0; r < 2; r++) {
         const int m = m0 + g + 8 * r;
         real[r] = m < n_queries;
         query[r] = (int64_t)(tile.row + m / a.G) * a.Hq + h * a.G + m % a.G;
-        visible[r] = pos % KV_BLOCK + m / a.G + 1;
+        visible[r] = pos + m / a.G + 1;
     }
     unsigned q[D / 16][4];
     const float scale = 1.4426950408889634f / sqrtf((float)D);
@@ -209,12 +210,12 @@ template <int D> __global__ void __launch_bounds__(32 * WARPS, 3) attention_pref
                     mma(s[2 * n], q[k], b[0], b[1]);
                     mma(s[2 * n + 1], q[k], b[2], b[3]);
                 }
-            if (i == last)
+            if (i >= own_begin)
 #pragma unroll
                 for (int n = 0; n < KV_BLOCK / 8; n++)
 #pragma unroll
                     for (int e = 0; e < 4; e++)
-                        if (n * 8 + 2 * j + e % 2 >= visible[e / 2]) s[n][e] = -INFINITY;
+                        if (i * KV_BLOCK + n * 8 + 2 * j + e % 2 >= visible[e / 2]) s[n][e] = -INFINITY;
             // softmax
             float old[2];
 #pragma unroll
@@ -297,7 +298,7 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     int tile_rows = 1, n_blocks = 1;
     for (const RowTile &t : step.tiles) {
         tile_rows = std::max(tile_rows, t.rows);
-        n_blocks = std::max(n_blocks, step.pos[t.row] / KV_BLOCK + 1);
+        n_blocks = std::max(n_blocks, step.pos[t.row + t.rows - 1] / KV_BLOCK + 1);
     }
     float2 *state = (float2 *)step.work;
     f16 *k = (f16 *)((uint8_t *)step.work + state_bytes(b.N, Hq)), *v = k + window / 2 / sizeof(f16);

@@ -67,7 +67,7 @@ static void load_exact(Tile &tile, const KvView &kv, int layer, const SlotStep &
     tile.has_code = tile.rotated = false, tile.has_plain = tile.turned = true;
     for (int t = 0; t < n; t++) {
         const int pos = i * KV_BLOCK + t;
-        const f16 *from = pos < step.pos0 ? ring + kv.exact_at(layer, step.slot, h, i) + t * kv.d
+        const f16 *from = pos < step.pos0 ? ring + kv.exact_at(layer, step.slot, h, pos)
                                           : rows + ((int64_t)(step.row0 + pos - step.pos0) * kv.Hkv + h) * kv.d;
         widen_row(&tile.plain[t * stride], from, kv.d);
     }

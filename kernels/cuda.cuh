@@ -20,7 +20,7 @@ constexpr int GPU_SMS = 132;   // multiprocessors of an H100; a constant, so tha
 
 // The rows of one slot in this step: rows row..row+rows-1.
 struct SlotRows { int row, rows; };
-// Up to KV_BLOCK rows of one slot and one block of positions, so they agree on what is coded.
+// Up to KV_BLOCK rows of one slot and one stretch of positions (KvView::stretch), so they agree on what is coded.
 struct RowTile { int row, rows; };
 
 // The current step.  Arrays named on_* live on the device, the others are the host's copy, for sizes of launches.
@@ -41,10 +41,10 @@ struct Step {
         while (blocks < last / KV_BLOCK + 1) blocks *= 2;
         return blocks;
     }
-    // Blocks to seal, of the slot with most.
+    // Blocks to seal, of the slot and layer with most.
     int most_seals(const KvView &kv) const {
         int n = 0;
-        for (const SlotRows &s : slots) n = std::max(n, kv.coded_end(pos[s.row + s.rows - 1]) - kv.coded_end(pos[s.row] - 1));
+        for (const SlotRows &s : slots) n = std::max(n, kv.most_seals(pos[s.row], pos[s.row + s.rows - 1]));
         return n;
     }
 };

@@ -4,7 +4,7 @@
              program was built without CUDA, when the driver finds no device, or when the device cannot run our kernels.
    Memory    alloc takes from the device and says what was asked, free and there in all when it fails.
    A step    begin() copies the row arrays to the scratch, with what the kernels would otherwise have to search for: the rows of
-             each slot, and row tiles (up to KV_BLOCK rows of one slot in one block of positions).
+             each slot, and row tiles (up to KV_BLOCK rows of one slot in one stretch of positions).
    Scratch   [ (token slot pos first last_pos out) | slots | tiles | work ]   int32 arrays of N each, slots and tiles 2 N;
              work is what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
    Graphs    Decode steps are recorded once and replayed, see replay().
@@ -210,7 +210,7 @@ static Batch begin(const Batch &host, void *scratch) {
     for (int n = 0; n < N; n++) {
         if (host.first[n] == n) step.slots.push_back({n, 0});
         step.slots.back().rows++;
-        if (host.first[n] == n || host.pos[n] % KV_BLOCK == 0) step.tiles.push_back({n, 0});
+        if (host.first[n] == n || KvView::stretch(host.pos[n]) != KvView::stretch(host.pos[n - 1])) step.tiles.push_back({n, 0});
         step.tiles.back().rows++;
     }
     static std::vector<int> ints;    // kept between steps: nothing is allocated per token

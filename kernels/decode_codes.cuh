@@ -168,13 +168,12 @@ template <class K, class V, class S, int Q> struct Turns {
     __device__ Turns(const DecodeArgs &a)
         : tasks(a.b.N * a.kv.Hkv * a.chunks * a.reach), teams(gridDim.x * (S::WARPS / a.team)), task(blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team)), p(a, task, Q) {}
     // Tables and first blocks; false: there is nothing to do for this thread block.  Positions and block tables are there before the
-    // step's first kernel, so are blocks that the step does not seal.
+    // step's first kernel, so are the blocks that it reads as codes.
     __device__ bool start(const DecodeArgs &a) {
         Tables<K, V, S> tables;
         tables.load(a.kv);
         const bool one_task = teams == tasks && a.team == S::WARPS;
         if (one_task && !p.there()) return false;
-        if (a.seals) wait_for_inputs();
         ring.start(a, p);
         if (!one_task || p.coded > 0) tables.store();
         wait_for_inputs();
@@ -199,7 +198,7 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
 #pragma unroll 1
     for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {    // last warps have fewer blocks
         const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
-        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block);
+        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block * KV_BLOCK + t0);
         const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);

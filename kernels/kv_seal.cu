@@ -11,7 +11,7 @@
              so results differ in the last bit now and then; the search chooses between codewords whose scores are closer than
              2^-22 |x||w| as it likes.
    Cost      64 d / C x 256 comparisons a block, which take longer than the multiply-adds.  A step of one row seals at most one
-             block per head, every 64 tokens.
+             block per head of every eighth layer, in 8 of 64 steps (SEAL_STEPS).
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -242,14 +242,14 @@ __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {
     const bool key = blockIdx.z % 2 == 0;
     if (kv_is_scalar(key ? kv.k_format : kv.v_format)) return;
     const SlotRows rows = a.slots[blockIdx.z / 2];
-    const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row], begin = kv.coded_end(p0 - 1), end = kv.coded_end(a.last_pos[rows.row]);
+    const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row], begin = kv.sealed_end(p0 - 1, a.layer), end = kv.sealed_end(a.last_pos[rows.row], a.layer);
     const int i = begin + blockIdx.x;
     if (i >= end) return;
     uint8_t *block = key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i);
-    const f16 *ring = (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, i), *fresh = key ? a.k16 : a.v16;
+    const f16 *ring = key ? kv.k_exact : kv.v_exact, *fresh = key ? a.k16 : a.v16;
     auto row = [&](int t) {    // from the ring or from this step
         const int pos = i * KV_BLOCK + t;
-        return pos < p0 ? ring + (int64_t)t * d : fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * d;
+        return pos < p0 ? ring + kv.exact_at(a.layer, slot, h, pos) : fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * d;
     };
     const int chunks = d / 8;    // of 8 channels, 16 bytes, in a row
     if ((key ? kv.k_format : kv.v_format) == KvFormat::f16) {

@@ -36,7 +36,7 @@ struct SealSide {
     int slot, p0, begin, end;    // blocks begin..end-1 are sealed, the step's first row is at p0
     __device__ SealSide(const ScalarSealArgs &a, int z) : key(z % 2 == 0), rows(a.slots[z / 2]) {
         slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row];
-        begin = a.kv.coded_end(p0 - 1), end = a.kv.coded_end(a.last_pos[rows.row]);
+        begin = a.kv.sealed_end(p0 - 1, a.layer), end = a.kv.sealed_end(a.last_pos[rows.row], a.layer);
     }
     __device__ KvFormat format(const KvView &kv) const { return key ? kv.k_format : kv.v_format; }
 };
@@ -46,12 +46,12 @@ struct SealSide {
 __device__ static bool widen_rows(double *x, const ScalarSealArgs &a, const SealSide &s, int h, int i) {
     const KvView &kv = a.kv;
     const int d = kv.d, half = d / 2, pos0 = i * KV_BLOCK;
-    const f16 *ring = (s.key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, s.slot, h, i), *fresh = s.key ? a.k16 : a.v16;
+    const f16 *ring = s.key ? kv.k_exact : kv.v_exact, *fresh = s.key ? a.k16 : a.v16;
     bool finite = true;
     __syncthreads();
     for (int n = threadIdx.x; n < KV_BLOCK * d; n += THREADS) {
-        const int t = n / d, c = n % d;
-        x[n] = to_f32(pos0 + t < s.p0 ? ring[n] : fresh[((int64_t)(s.rows.row + pos0 + t - s.p0) * kv.Hkv + h) * d + c]);
+        const int pos = pos0 + n / d, c = n % d;
+        x[n] = to_f32(pos < s.p0 ? ring[kv.exact_at(a.layer, s.slot, h, pos) + c] : fresh[((int64_t)(s.rows.row + pos - s.p0) * kv.Hkv + h) * d + c]);
         finite = finite && isfinite(x[n]);
     }
     finite = __syncthreads_and(finite);

@@ -1,13 +1,12 @@
 /* kv_write, kv_keep - this step's keys and values enter the cache; blocks that fall behind are sealed.
 
    kv_write  k16, v16 (N,Hkv,d) f16 <- k, v (N,Hkv,d) f32, rounded; then for every slot of the step with positions
-             p0..p1 the blocks [coded_end(p0 - 1), coded_end(p1)) are sealed: their 64 rows are gathered from the ring
+             p0..p1 the blocks [sealed_end(p0 - 1), sealed_end(p1)) are sealed: their 64 rows are gathered from the ring
              (t < p0) and from this step's rows, and encoded.
    kv_keep   rows that stay exact (sinks, and t >= 64 coded_end(p1)) go to the ring.  After attention, because a row of this
              step may still need what they replace.
 
-   Sealing is lazy: block i is sealed by the step that first reads it as codes, so a step of one row seals at most one
-   block per head, every 64 tokens.
+   A step of one row seals at most one block per head, and only in an eighth of the layers (kv_block.h: when is a block sealed?).
 
    Cost      per token, layer and kv head: 2 x 6 d bytes to round, 2 x 2 d to keep; sealing is seal() once per 64 tokens.
    Tested by tests/test_kv.cpp                                                                                      */
@@ -96,10 +95,10 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
     }
     for (int n = 0; n < b.N; n = last_row(b, n) + 1) {
         const int slot = b.slot[n], p0 = b.pos[n], p1 = b.pos[last_row(b, n)];
-        const int begin = kv.coded_end(p0 - 1), end = kv.coded_end(p1);
+        const int begin = kv.sealed_end(p0 - 1, layer), end = kv.sealed_end(p1, layer);
         auto gather = [&](f16 *x, bool key, int h, int i) {    // block i as rows (KV_BLOCK, d)
             for (int t = i * KV_BLOCK; t < (i + 1) * KV_BLOCK; t++) {
-                const int64_t ring = kv.exact_at(layer, slot, h, i) + (int64_t)(t % KV_BLOCK) * d;
+                const int64_t ring = kv.exact_at(layer, slot, h, t);
                 const int64_t row = ((int64_t)(n + t - p0) * Hkv + h) * d;
                 memcpy(x + (t % KV_BLOCK) * d, t < p0 ? (key ? kv.k_exact : kv.v_exact) + ring : (key ? k16 : v16) + row, d * sizeof(f16));
             }
@@ -135,7 +134,7 @@ void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const 
         const int i = b.pos[n] / KV_BLOCK;
         if (i >= kv.sink && i < kv.coded_end(b.pos[last])) continue;
         for (int h = 0; h < Hkv; h++) {
-            const int64_t ring = kv.exact_at(layer, b.slot[n], h, i) + (int64_t)(b.pos[n] % KV_BLOCK) * d;
+            const int64_t ring = kv.exact_at(layer, b.slot[n], h, b.pos[n]);
             const int64_t row = ((int64_t)n * Hkv + h) * d;
             memcpy(kv.k_exact + ring, k16 + row, d * sizeof(f16));
             memcpy(kv.v_exact + ring, v16 + row, d * sizeof(f16));
@@ -145,8 +144,8 @@ void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const 
 }    // namespace cpu
 
 // ---- CUDA: one thread an element; kv_seal.cu seals ------------------------------------------------------
-// Where every slot has one row, that row replaces nothing that attention reads: what it takes the place of in the ring is
-// sealed (block pos/64 - recent - 1).  Such steps keep their rows at once, in kv_write.
+// Where every slot has one row, that row replaces nothing that sealing or attention reads: what it takes the place of in the
+// ring, row pos - ring(), was sealed by an earlier step.  Such steps keep their rows at once, in kv_write.
 #else
 #include "cuda.cuh"
 namespace cuda {
@@ -158,8 +157,8 @@ __global__ void round_kernel(KvView kv, int layer, f16 *k16, f16 *v16, const flo
     const f16 key = to_f16(k[i]), value = to_f16(v[i]);
     k16[i] = key, v16[i] = value;
     if (!keep) return;
-    const int n = (int)(i / row), h = (int)(i % row) / kv.d, pos = b.pos[n];
-    const int64_t ring = kv.exact_at(layer, b.slot[n], h, pos / KV_BLOCK) + (int64_t)(pos % KV_BLOCK) * kv.d + i % kv.d;
+    const int n = (int)(i / row), h = (int)(i % row) / kv.d;
+    const int64_t ring = kv.exact_at(layer, b.slot[n], h, b.pos[n]) + i % kv.d;
     kv.k_exact[ring] = key, kv.v_exact[ring] = value;
 }
 
@@ -167,10 +166,8 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
     const Step &step = step_of(b);
     const dim3 blocks(ceil_div((int64_t)b.N * kv.Hkv * kv.d, 256));
     const int seals = step.most_seals(kv);
-    const bool single = step.single_rows();    // then what is sealed is in the ring, and leaves it now
-    if (single && seals > 0) seal_blocks(kv, layer, k16, v16, step, seals);
-    launch(round_kernel, blocks, 256, 0, kv, layer, k16, v16, k, v, b, single);
-    if (!single && seals > 0) seal_blocks(kv, layer, k16, v16, step, seals);
+    launch(round_kernel, blocks, 256, 0, kv, layer, k16, v16, k, v, b, step.single_rows());
+    if (seals > 0) seal_blocks(kv, layer, k16, v16, step, seals);
 }
 
 // One thread block a row.
@@ -179,7 +176,7 @@ __global__ void keep_kernel(KvView kv, int layer, const f16 *k16, const f16 *v16
     wait_for_inputs();
     if (i >= kv.sink && i < kv.coded_end(last_pos[n])) return;
     for (int c = threadIdx.x; c < kv.Hkv * d; c += blockDim.x) {
-        const int64_t ring = kv.exact_at(layer, b.slot[n], c / d, i) + (int64_t)(b.pos[n] % KV_BLOCK) * d + c % d;
+        const int64_t ring = kv.exact_at(layer, b.slot[n], c / d, b.pos[n]) + c % d;
         const int64_t row = (int64_t)n * kv.Hkv * d + c;
         kv.k_exact[ring] = k16[row];
         kv.v_exact[ring] = v16[row];

@@ -36,7 +36,7 @@ static Sizes sizes_of(const KvView &v) {
             blocks * v.v_block_bytes,
             beside(v.k_format, v.k_share, v.k_beside_bytes),
             beside(v.v_format, v.v_share, v.v_beside_bytes),
-            (int64_t)v.L * v.B * v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16),
+            (int64_t)v.L * v.B * v.Hkv * v.n_exact() * v.d * (int64_t)sizeof(f16),
             (int64_t)v.B * v.max_blocks * (int64_t)sizeof(int),
             (int64_t)v.max_blocks * v.d * (int64_t)sizeof(float),
             (int64_t)KV_BLOCK * v.d * (int64_t)sizeof(float),
@@ -114,7 +114,7 @@ void kv_cache_open(KvCache &cache, const Ops &ops, const Config &c, const KvOpti
 void kv_cache_reserve(KvCache &cache, int slot, int len) {
     const KvView &v = cache.view;
     if (len > cache.context) fail("KV cache: %d tokens in slot %d, room for %d (-c)", len, slot, cache.context);
-    const int end = v.coded_end(len - 1);    // blocks [sink, end) are sealed by then
+    const int end = v.sealed_end(len - 1, 0);    // blocks [sink, end) are sealed by then, by the first layer
     int &owned = cache.owned[slot];
     if (v.sink + owned >= end) return;
     for (; v.sink + owned < end; owned++) {
@@ -160,7 +160,7 @@ void kv_cache_repeat(KvCache &cache, int len) {
         for (int layer = 0; p && layer < v.L; layer++) repeat(p, slot_bytes, [&](int s) { return ((int64_t)layer * v.B + s) * slot_bytes; });
     };
     repeat_blocks(v.k_sealed, v.L, v.k_block_bytes), repeat_blocks(v.v_sealed, v.L, v.v_block_bytes);
-    const int64_t exact = (int64_t)v.n_exact() * v.Hkv * KV_BLOCK * v.d * (int64_t)sizeof(f16);
+    const int64_t exact = (int64_t)v.Hkv * v.n_exact() * v.d * (int64_t)sizeof(f16);
     repeat_slots(v.k_exact, exact), repeat_slots(v.v_exact, exact);
     for (bool key : {true, false}) {
         void *const beside = key ? v.k_beside : v.v_beside;

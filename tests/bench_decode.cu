@@ -4,9 +4,9 @@
 //   build/bench_decode [--json] [format [shape]]        --json: one object, a line for build/plot table
 //
 // us a call: median of 9 replays of a CUDA graph of back-to-back calls, one a layer; the layers hold more than 200 MB, so codes
-// come from memory and not from L2.  The row sees T tokens in full blocks, one more and itself (a step that seals nothing);
-// `us open` is with 31 more in the open block, whose fp16 rows are then as many bytes as 3.6 blocks of nsn2b.  GB/s counts the bytes of full blocks; the share is of
-// what read_gb_s measures here.
+// come from memory and not from L2.  The row sees T tokens in full blocks, SEAL_STEPS more, the fewest that the cache
+// then keeps exact, and itself; `us open` is with 32 more, whose fp16 rows are as many bytes as 3.6 blocks of nsn2b.  GB/s counts
+// the bytes of full blocks; the share is of what read_gb_s measures here.
 #ifdef __CUDACC__
 #include <algorithm>
 #include <cstdio>
@@ -52,7 +52,7 @@ template <class Call> static double median_us(int calls, Call call) {
     return us[us.size() / 2];
 }
 
-constexpr int OPEN_ROWS[] = {1, 32};    // tokens of the open block beside the row itself
+constexpr int OPEN_ROWS[] = {SEAL_STEPS, 32};    // exact tokens beside the row itself
 struct Timed {
     double us[2];           // a call, with OPEN_ROWS
     double sealed_bytes;    // of a call
@@ -90,7 +90,7 @@ static Timed time_calls(const Ops &gpu, const Shape &s, KvFormat f) {
     const KvView &kv = cache.view;
     fill_with(gpu, kv.k_sealed, (int64_t)L * kv.n_blocks * s.Hkv * kv.k_block_bytes, kb);
     fill_with(gpu, kv.v_sealed, (int64_t)L * kv.n_blocks * s.Hkv * kv.v_block_bytes, vb);
-    const int64_t exact_bytes = (int64_t)L * s.B * kv.n_exact() * s.Hkv * KV_BLOCK * s.d * 2;
+    const int64_t exact_bytes = (int64_t)L * s.B * s.Hkv * kv.n_exact() * s.d * 2;
     fill_with(gpu, kv.k_exact, exact_bytes, exact), fill_with(gpu, kv.v_exact, exact_bytes, exact);
     const std::vector<float> q = random_floats((size_t)s.B * s.Hq * s.d, 2);
     float *on_q = (float *)device(q.size() * 4), *y = (float *)device(q.size() * 4);

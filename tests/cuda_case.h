@@ -107,7 +107,7 @@ struct BothCaches {
     // The CPU's cache, byte for byte.  Both pools hand out blocks in the same order.
     void copy_cache() {
         const KvView &a = on_cpu.view, &b = on_gpu.view;
-        const int64_t blocks = (int64_t)a.L * a.n_blocks * a.Hkv, exact = (int64_t)a.L * a.B * a.n_exact() * a.Hkv * KV_BLOCK * a.d * 2;
+        const int64_t blocks = (int64_t)a.L * a.n_blocks * a.Hkv, exact = (int64_t)a.L * a.B * a.Hkv * a.n_exact() * a.d * 2;
         gpu.upload(b.k_sealed, a.k_sealed, blocks * a.k_block_bytes);
         gpu.upload(b.v_sealed, a.v_sealed, blocks * a.v_block_bytes);
         gpu.upload(b.k_exact, a.k_exact, exact);

@@ -198,16 +198,48 @@ TEST_CASE("attention: prefill of any step size, decode, batch neighbours and thr
     }
 }
 
-TEST_CASE("coded_end: blocks seal 64 tokens later, sinks never, recents later still") {
+TEST_CASE("coded_end: a block is codes when 8 more tokens are behind, sinks never, recents later still") {
     KvView v{};
-    v.sink = 0, v.recent = 0;
-    for (int p = 0; p < 300; p++) CHECK(v.coded_end(p) == p / 64);
+    for (int p = 0; p < 300; p++) CHECK(v.coded_end(p) == (p < 8 ? 0 : (p - 8) / 64));
     CHECK(v.coded_end(-1) == 0);
+    CHECK((v.coded_end(71) == 0 && v.coded_end(72) == 1));
     v.sink = 1, v.recent = 2;
     CHECK(v.coded_end(0) == 1);
-    CHECK(v.coded_end(64 * 3 - 1) == 1);
-    CHECK(v.coded_end(64 * 3) == 1);
-    CHECK(v.coded_end(64 * 4) == 2);
+    CHECK(v.coded_end(64 * 4 + 7) == 1);
+    CHECK(v.coded_end(64 * 4 + 8) == 2);
+}
+
+TEST_CASE("sealing: every layer in its turn, before a row reads the codes and while the rows are in the ring") {
+    for (int layers : {1, 3, 8, 20})
+        for (int sink : {0, 1})
+            for (int recent : {0, 2}) {
+                KvView v{};
+                v.L = layers, v.B = 2, v.Hkv = 3, v.d = 8, v.sink = sink, v.recent = recent;
+                std::vector<int> sealed(layers, sink);    // blocks, of a sequence that grows by a row a step
+                std::vector<std::vector<int>> ring(layers, std::vector<int>(v.n_exact(), -1));
+                for (int pos = 0; pos < 700; pos++) {
+                    int at_once = 0;
+                    for (int l = 0; l < layers; l++) {
+                        auto row = [&](int t) { return (v.exact_at(l, 1, 2, t) - v.exact_at(l, 1, 2, 0)) / v.d; };
+                        const int begin = v.sealed_end(pos - 1, l), end = v.sealed_end(pos, l);
+                        CHECK(begin == sealed[l]);
+                        CHECK(end >= v.coded_end(pos));
+                        bool there = true, together = true;
+                        for (int t = begin * 64; t < end * 64; t++) there = there && ring[l][row(t)] == t;
+                        for (int t = v.coded_end(pos) * 64; t < pos; t++) there = there && ring[l][row(t)] == t;    // attention reads them
+                        for (int t = 0; t < std::min(pos, sink * 64); t++) there = there && ring[l][row(t)] == t;
+                        for (int t = pos / 8 * 8; t < pos; t++) together = together && row(t) == row(pos / 8 * 8) + t % 8;
+                        CHECK(there);
+                        CHECK(together);
+                        ring[l][row(pos)] = pos;
+                        at_once += end - begin, sealed[l] = end;
+                    }
+                    CHECK(at_once <= (layers + 7) / 8);
+                    CHECK((v.most_seals(pos, pos) > 0) == (at_once > 0));
+                    CHECK((v.stretch(pos) == v.stretch(pos + 1) || v.coded_end(pos + 1) > v.coded_end(pos) || pos < 64 * (1 + sink + recent) + 8));
+                    CHECK((v.stretch(pos) != v.stretch(pos + 1) || v.coded_end(pos + 1) == v.coded_end(pos)));
+                }
+            }
 }
 
 TEST_CASE("the cache hands out blocks, takes them back, and counts its bytes") {

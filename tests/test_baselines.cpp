@@ -231,13 +231,14 @@ TEST_CASE("xquant: odd layers from the middle on read the codes of the layer bel
         INFO("layer ", layer);
         CHECK((layer > 0 && v.beside(false, layer, 0, 0, 0) == v.beside(false, layer - 1, 0, 0, 0)) == shares);
     }
+    const int T = KV_BLOCK + SEAL_STEPS;    // all layers have sealed the block
     auto rows = [&](int layer, const std::vector<float> &x) {
-        std::vector<f16> k16(65 * 16), v16(65 * 16);
+        std::vector<f16> k16(T * 16), v16(T * 16);
         Rows step;
-        for (int i = 0; i < 65; i++) step.add(0, 0, i, false);
+        for (int i = 0; i < T; i++) step.add(0, 0, i, false);
         cpu::kv_write(v, layer, k16.data(), v16.data(), x.data(), x.data(), step.batch());
     };
-    std::vector<float> a = random_floats(65 * 16, 1), b(a.size());
+    std::vector<float> a = random_floats(T * 16, 1), b(a.size());
     for (size_t i = 0; i < a.size(); i++) b[i] = 3 * a[i] + 1;    // the codes of a fit b, with b's own zero and scale
     rows(4, a), rows(5, b);
     for (int t = 0; t < KV_BLOCK; t++)

@@ -66,7 +66,7 @@ TEST_CASE("cuda: attention against the f64 reference: every head shape, prefill 
     for (int d : CASE_HEAD_DIMS)
         for (int G : CASE_GQA) {
             if (!taken()) continue;
-            BothCaches s(*gpu, attention_config(2, G, d), {1, 63, 64, 65, 127, 128, 129, 1000}, {}, d * 100 + G);
+            BothCaches s(*gpu, attention_config(2, G, d), {1, 63, 64, 65, 73, 127, 128, 129, 140, 1000}, {}, d * 100 + G);
             std::vector<float> want;
             INFO("d ", d, " G ", G);
             s.step(s.ends(12), nullptr);

@@ -46,7 +46,7 @@ TEST_CASE("cuda baselines: sealing gives the reference's bytes") {
     for (KvFormat f : SCALARS)
         for (int d : HEAD_DIMS) {
             if (!taken()) continue;
-            const int Hkv = 2, n = Hkv * d, layers = f == KvFormat::xquant ? 4 : 1, T = 8 * KV_BLOCK + 1;
+            const int Hkv = 2, n = Hkv * d, layers = f == KvFormat::xquant ? 4 : 1, T = 8 * KV_BLOCK + SEAL_STEPS;
             Config c = attention_config(Hkv, 1, d, layers);
             KvCache caches[2];
             const Ops *ops[] = {&cpu_ops, gpu};

@@ -38,7 +38,7 @@ TEST_CASE("cuda decode: every format, head shape and length against the f64 refe
                         KvOptions o;
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = blocks * KV_BLOCK, o.recent = 2 * blocks * KV_BLOCK;
-                        BothCaches s(*gpu, attention_config(G == 1 ? 3 : 1, G, d), {1, 63, 64, 65, 127, 128, 129, G == 4 && k == v ? 1000 : 330}, o, d + k + G);
+                        BothCaches s(*gpu, attention_config(G == 1 ? 3 : 1, G, d), {1, 63, 65, 73, 127, 129, 137, G == 4 && k == v ? 1000 : 330}, o, d + k + G);
                         std::vector<float> want;
                         s.step(s.ends(2), nullptr);
                         n_served = 0;
@@ -123,12 +123,12 @@ TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
                 return bytes;
             };
             auto ring = [&](const KvCache &cache) {
-                std::vector<uint16_t> x((size_t)lengths.size() * cache.view.n_exact() * 2 * KV_BLOCK * d);
+                std::vector<uint16_t> x((size_t)lengths.size() * 2 * cache.view.n_exact() * d);
                 gpu->download(x.data(), cache.view.v_exact, x.size() * 2);
                 return x;
             };
             const KvView &view = apart.view;
-            const std::vector<uint8_t> zero((size_t)view.n_blocks * 2 * view.k_block_bytes), no_rows(lengths.size() * view.n_exact() * 2 * KV_BLOCK * d * 2);
+            const std::vector<uint8_t> zero((size_t)view.n_blocks * 2 * view.k_block_bytes), no_rows(lengths.size() * 2 * view.n_exact() * d * 2);
             for (KvCache *cache : {&apart, &together}) {
                 gpu->upload(cache->view.k_sealed, zero.data(), zero.size());
                 gpu->upload(cache->view.v_exact, no_rows.data(), no_rows.size());

@@ -64,7 +64,7 @@ struct Sequences {
     std::vector<float> attend(const Ops &gpu, const std::vector<Span> &spans, const std::vector<f16> &k16, const std::vector<f16> &v16,
                               bool *served) const {
         const KvView &a = on_cpu.view, &g = on_gpu.view;
-        const int64_t blocks = (int64_t)a.L * a.n_blocks * a.Hkv, exact = (int64_t)a.L * a.B * a.n_exact() * a.Hkv * KV_BLOCK * a.d * 2;
+        const int64_t blocks = (int64_t)a.L * a.n_blocks * a.Hkv, exact = (int64_t)a.L * a.B * a.Hkv * a.n_exact() * a.d * 2;
         gpu.upload(g.k_sealed, a.k_sealed, blocks * a.k_block_bytes), gpu.upload(g.v_sealed, a.v_sealed, blocks * a.v_block_bytes);
         gpu.upload(g.k_exact, a.k_exact, exact), gpu.upload(g.v_exact, a.v_exact, exact);
         const Rows rows = rows_of(spans);
@@ -120,7 +120,7 @@ struct Sequences {
                             const int i = t / KV_BLOCK;
                             if (coded ? i < kv.sink || i >= last_end : i >= kv.sink && i < first_end) continue;
                             std::vector<f16> one((size_t)KV_BLOCK * d);
-                            const f16 *ring = (key ? kv.k_exact : kv.v_exact) + kv.exact_at(0, s, h, i) + t % KV_BLOCK * d;
+                            const f16 *ring = (key ? kv.k_exact : kv.v_exact) + kv.exact_at(0, s, h, t);
                             const f16 *from = t < p0 ? ring : (key ? k16 : v16).data() + ((row0 + t - p0) * Hkv + h) * d;
                             if (!coded) memcpy(&one[t % KV_BLOCK * d], from, d * sizeof(f16));
                             const uint8_t *block = !coded ? (const uint8_t *)one.data() : key ? kv.k_block(0, s, h, i) : kv.v_block(0, s, h, i);
@@ -199,7 +199,7 @@ TEST_CASE("cuda prefill: steps of any size at any position, every number of head
     int n = 0;
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b})
         for (int d : {64, 128})
-            for (int from : {0, 1, 63, 64, 65, 200, 1000})
+            for (int from : {0, 1, 63, 64, 65, 72, 200, 1000})
                 for (int rows : {9, 64, 65, 300}) {
                     const int G = CASE_GQA[n++ % 7], Hkv = G > 4 ? 1 : 2;
                     if (!taken()) continue;

@@ -26,7 +26,7 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
         kv_cache_open(cache, *gpu, c, o, 1, T + 1);
         kv_cache_open(copy, cpu_ops, c, o, 1, T + 1);
         const KvView &v = cache.view;
-        const int64_t codes = (int64_t)heads * 4 * kv_block_stride(format, d), exact = (int64_t)heads * KV_BLOCK * d;
+        const int64_t codes = (int64_t)heads * 4 * kv_block_stride(format, d), exact = (int64_t)heads * v.n_exact() * d;
         CHECK(cache.bytes == copy.bytes);    // test_nsn.cpp says which
         Activations a;
         activations_open(a, *gpu, c, T, 1);
@@ -37,9 +37,11 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
         gpu->download(copy.view.k_sealed, v.k_sealed, codes), gpu->download(copy.view.v_sealed, v.v_sealed, codes);
         std::vector<f16> k_exact(exact), v_exact(exact);
         gpu->download(k_exact.data(), v.k_exact, exact * 2), gpu->download(v_exact.data(), v.v_exact, exact * 2);
-        std::vector<f16> k_rows = k_exact, v_rows = v_exact;    // with NaN where this text has no row yet
+        std::vector<f16> k_rows = k_exact, v_rows = v_exact;    // with NaN where rows are sealed
         for (std::vector<f16> *x : {&k_rows, &v_rows})
-            for (int i = 0; i < heads; i++) std::fill(x->begin() + (i * KV_BLOCK + T % KV_BLOCK) * d, x->begin() + (i + 1) * KV_BLOCK * d, to_f16(NAN));
+            for (int l = 0; l < c.n_layers; l++)
+                for (int h = 0; h < c.n_kv_heads; h++)
+                    for (int t = 4 * KV_BLOCK - (v.n_exact() - 44); t < 4 * KV_BLOCK; t++) std::fill_n(x->begin() + v.exact_at(l, 0, h, t), d, to_f16(NAN));
 
         rows.clear();
         rows.add(ids[T], 0, T, true);

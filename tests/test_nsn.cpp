@@ -189,7 +189,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
     const Model m = model_open("tests/models/books-5m.bin");
     const Config &c = m.config;
     const std::vector<int> ids = tokenizer_encode(m.tokenizer, read_file("README.md").substr(0, 2500), false);
-    const int T = 300, V = c.vocab;    // four sealed blocks and 44 exact tokens
+    const int T = 300, V = c.vocab, d = c.head_dim, heads = c.n_layers * c.n_kv_heads;    // four sealed blocks and 44 exact tokens
     REQUIRE((int)ids.size() > T);
     for (KvFormat format : {KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b}) {
         INFO(std::string(kv_format_name(format)));
@@ -198,7 +198,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         kv_cache_open(cache, cpu_ops, c, o, 1, T + 1);
         const KvView &v = cache.view;
         const int64_t blocks = 5 - 1, block = kv_block_stride(format, c.head_dim);    // 301 tokens touch five blocks, one stays open
-        CHECK(cache.bytes == 2 * c.n_layers * c.n_kv_heads * (blocks * block + KV_BLOCK * c.head_dim * 2)    // codes, and one open block of fp16
+        CHECK(cache.bytes == 2 * heads * (blocks * block + (KV_BLOCK + 8) * d * 2)    // codes; fp16: one open block, and until all layers have sealed it
                                  + 5 * 4 + 5 * c.head_dim * 4 + 2 * KV_BLOCK * c.head_dim * 4 + 2 * KV_CODEBOOK_BYTES);    // block table, RoPE, codebooks
         Activations a;
         activations_open(a, cpu_ops, c, T, 1);
@@ -210,15 +210,17 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         rows.clear();
         rows.add(ids[T], 0, T, true);
         const std::vector<uint8_t> k_codes(v.k_sealed, v.k_sealed + c.n_layers * blocks * c.n_kv_heads * block);
-        const std::vector<f16> k_exact(v.k_exact, v.k_exact + (size_t)c.n_layers * c.n_kv_heads * KV_BLOCK * c.head_dim), v_exact(v.v_exact, v.v_exact + k_exact.size());
+        const std::vector<f16> k_exact(v.k_exact, v.k_exact + (size_t)heads * v.n_exact() * d), v_exact(v.v_exact, v.v_exact + k_exact.size());
         auto next = [&](const Ops &ops, bool poison) {
             std::copy(k_exact.begin(), k_exact.end(), v.k_exact), std::copy(v_exact.begin(), v_exact.end(), v.v_exact);
             if (poison) {
                 for (const auto &x : {std::make_pair(a.x, c.dim), {a.xn, c.dim}, {a.q, c.n_heads * c.head_dim}, {a.k, c.n_kv_heads * c.head_dim}, {a.v, c.n_kv_heads * c.head_dim}, {a.att, c.n_heads * c.head_dim}, {a.gate, c.ffn_dim}, {a.up, c.ffn_dim}})
                     std::fill(x.first, x.first + (size_t)T * x.second, NAN);
                 for (f16 *x : {a.k16, a.v16}) std::fill(x, x + (size_t)T * c.n_kv_heads * c.head_dim, to_f16(NAN));
-                for (f16 *x : {v.k_exact, v.v_exact})    // rows of the open block that are not this text's
-                    for (int64_t i = 0; i < c.n_layers * c.n_kv_heads; i++) std::fill(x + (i * KV_BLOCK + T % KV_BLOCK) * c.head_dim, x + (i + 1) * KV_BLOCK * c.head_dim, to_f16(NAN));
+                for (int64_t l = 0; l < c.n_layers; l++)    // rows of the ring that are sealed
+                    for (int h = 0; h < c.n_kv_heads; h++)
+                        for (int t = 4 * KV_BLOCK - (v.n_exact() - 44); t < 4 * KV_BLOCK; t++)
+                            for (f16 *x : {v.k_exact, v.v_exact}) std::fill_n(x + v.exact_at(l, 0, h, t), d, to_f16(NAN));
             }
             forward(m, v, a, rows.batch(), ops);
             return std::vector<float>(a.logits, a.logits + V);
