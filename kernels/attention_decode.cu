@@ -41,14 +41,18 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
         if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
-        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, end == units && (end - 1 - begin) % F16_WARPS == warp, own_rows_here);
+        const bool mine = end == units && (end - 1 - begin) % F16_WARPS == warp;
+        const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, mine, own_rows_here);
+        // in shared memory in any case: pointers to one or the other would take registers that the loop has not got
+        for (int c = lane; mine && !a.fresh() && c < D; c += 32) own_rows_here[c] = own_rows.k[c], own_rows_here[D + c] = own_rows.v[c];
+        __syncwarp();
         ExactTokens<D, Q> tokens;
         auto rows_of = [&](bool key, int g) -> const f16 * {
             const int i = g / GROUPS;
-            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_block(a.layer, slot, h, i) : kv.v_block(a.layer, slot, h, i)) + g % GROUPS * GROUP * D;
+            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_sealed : kv.v_sealed) + (kv.sealed_at(a.layer, slot, h, i) * KV_BLOCK + g % GROUPS * GROUP) * D;
             return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, g * GROUP);
         };
-        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g), own_rows.k, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
+        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g), own_rows_here, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
         int g = begin + warp;
         if (g < end) load_keys(g);
         for (int q = warp; q < Q; q += F16_WARPS) {
@@ -59,7 +63,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         __syncthreads();
         for (; g < end; g += F16_WARPS) {
             const int i = g / GROUPS, t0 = g % GROUPS * GROUP, own = pos - i * KV_BLOCK;
-            tokens.load_values(rows_of(false, g), own_rows.v, t0, own);
+            tokens.load_values(rows_of(false, g), own_rows_here + D, t0, own);
             tokens.turn_queries([&](int q, int p) { return scaled[q][(p < PAIRS ? p : D / 2 - PAIRS + p) + PAIRS * lane]; }, kv.rope.base + (int64_t)i * D);
             const float score = tokens.scores(kv.rope.step, t0, own);
             if (g + F16_WARPS < end) load_keys(g + F16_WARPS);
