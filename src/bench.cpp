@@ -91,7 +91,7 @@ static double median(std::vector<double> x) {
 static double seal_stall(const KvView &kv, int depth, const std::vector<double> &seconds) {
     std::vector<double> sealing, others;
     for (int i = 0; i < (int)seconds.size(); i++) (kv.most_seals(depth + i, depth + i) > 0 ? sealing : others).push_back(seconds[i]);
-    if (sealing.size() < 3 || (kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16)) return NAN;
+    if (sealing.size() < 3 || others.empty() || (kv.k_format == KvFormat::f16 && kv.v_format == KvFormat::f16)) return NAN;
     sealing.erase(sealing.begin(), sealing.begin() + 2);
     return median(sealing) / median(others) - 1;
 }

@@ -31,6 +31,8 @@ tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$wo
 get seal_stall <"$work/json" | awk '!($1 > -1) { exit 1 }' || die "seal_stall: $(cat "$work/json")"
 "$run" $model --bench -d 64 --kv nsn2b -n 2 --prompt-tokens 8 --json >"$work/json2" 2>"$work/err" && ! grep -q seal_stall "$work/json2" || die "two steps that seal: $(cat "$work/json2" "$work/err")"
 
+"$run" $model --bench -d 64 --kv nsn2b -n 6 --prompt-tokens 8 --json >"$work/json2" 2>"$work/err" && ! grep -q seal_stall "$work/json2" || die "only steps that seal: $(cat "$work/json2" "$work/err")"
+
 # the table: of these lines, and of attention alone
 plot=${BUILD:-build}/tool-plot
 [ -x "$plot" ] || plot=build/plot
