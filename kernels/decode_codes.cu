@@ -19,15 +19,16 @@
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
                      a warp: z, 2 blocks, token factors, 4 means; where z was, then weights and the second block's mean scores
    Cost      nsn2b, d 128, ncu: 1,075 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
-             3.07 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 66.2 us (68.1 with 32 tokens in the open block), bound by its own work: some
+             3.07 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 66 us (68 with 32 exact tokens instead of 8), bound by its own work: some
              450 clocks a block; samples: fixed latencies 20%, shared memory 19%, issue 18%, other warps' turn 15%, dispatch 8%, pipes
              6%, global 6%, barriers 6%.  Before: 69.8 us, with 56 instructions a block more (two permutes a word of values) and
              the next angles asked for only behind the values.
              Tried: 10 warps (99 us when 12 took 92); 16 warps of 128 registers, queries in shared memory (82 for 66.5; 24% of the
-             samples wait for memory, where the spilled registers are); addresses of codewords by byte permutes (67.9 for 67.1); codes of the values in
-             registers before the softmax (68.0 for 67.5), and their place free then (69.9, but 11.2 for 11.5 at one row); the copy of
-             keys without their mean (spills); warps that take the next of many small parts by a counter (103 to 139 for 96: what a
-             part costs by itself).
+             samples wait for memory, where the spilled registers are), the same with 5 registers spilled, the end of a part a function
+             of its own (74 for 67: 4,096 tokens more take 28.6 for 29.1, all else 4 longer); addresses of codewords by byte permutes
+             (67.9 for 67.1); codes of the values in registers before the softmax (68.0 for 67.5), and their place free then (69.9, but
+             11.2 for 11.5 at one row); the copy of keys without their mean (spills); warps that take the next of many small parts by a
+             counter (103 to 139 for 96: what a part costs by itself).
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include <algorithm>

@@ -12,7 +12,7 @@
    Memory    decode_codes.cu's without token factors, with 8 means a warp.  Where z was: for each of four blocks the mean scores, a pair a
              lane, and behind them the weights of the block at work.
    Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 111 us
-             (116 with 32 tokens in the open block); memory alone would take 96.  One row: 11.6 us.
+             (117 with 32 exact tokens instead of 8); memory alone would take 96.  One row: 11.9 us.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).

@@ -14,7 +14,9 @@
    Cost      Llama-3-8B, 32 rows, ncu: gate and up 91 us (77 at the read bandwidth), down 52 (38), qkv 29 (16), wo 23 (11); without
              products and x, weights alone, 88, 50, 28 and 21.  Clusters of 4 take 120 of an H100's 132 multiprocessors.
              Tried: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; 8 thread blocks a cluster: an H100
-             has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124).
+             has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124); thread blocks of
+             half a multiprocessor (113 KB, 8 warps of two tiles, stages of 64 inputs, x a step of 128 ahead), so that the next kernel's
+             fill their ring beside them: 94, 69, 36 and 29 us alone, and 3,918 tok/s for 4,144 (3,775 if those start at once).
    Limits    9 <= N <= 32; f16 weights, in a multiple of 8, all of it aligned to 16 bytes; |g x| < 65,520; a thread block of 227 KB.
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__

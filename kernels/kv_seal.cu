@@ -10,8 +10,9 @@
    Agrees    with the reference up to ties: sums of squares are added in another order, in f64, and their roots and quotients are f32,
              so results differ in the last bit now and then; the search chooses between codewords whose scores are closer than
              2^-22 |x||w| as it likes.
-   Cost      64 d / C x 256 comparisons a block, which take longer than the multiply-adds.  A step of one row seals at most one
-             block per head of every eighth layer, in 8 of 64 steps (SEAL_STEPS).
+   Cost      64 d / C x 256 comparisons a block, which take longer than the multiply-adds: 114 us for 512 blocks of nsn2b, d = 128 (8 heads,
+             K and V, 32 rows) on an H100, 2.9 instructions a clock of 142,000 a block, 37% of them in the loop over codewords.  A step
+             of one row seals at most one block per head of every eighth layer, in 8 of 64 steps (SEAL_STEPS).
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
