@@ -256,7 +256,7 @@ struct KvView {
         return end > sink ? end : sink;
     }
 };
-static_assert(SEAL_STEPS % 8 == 0 && SEAL_STEPS < KV_BLOCK, "exact tokens are read in groups of 8");
+static_assert(SEAL_STEPS % 8 == 0 && SEAL_STEPS < KV_BLOCK, "exact tokens are read in groups of 8; xquant: an even layer seals before the next");
 
 // Cosine and sine of the angle of position pos in channel pair j; d is the head dimension.  In double nothing is rounded.
 template <class Float> HD void rope_angle(Float &c, Float &s, RopeTable table, int pos, int j, int d) {
