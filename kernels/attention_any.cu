@@ -215,7 +215,9 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
     auto stage_f16 = [&](int i, bool sealed, const uint8_t *block, const f16 *ring, const f16 *fresh) {
         stage_rows(x, STRIDE, min(KV_BLOCK, pos + tile.rows - i * KV_BLOCK), [&](int t) {
             const int at = i * KV_BLOCK + t;
-            return sealed ? (const f16 *)block + t * d : at < step_pos ? ring + kv.exact_at(a.layer, slot, h, at) : fresh + ((int64_t)(row0 + at - step_pos) * kv.Hkv + h) * d;
+            return sealed          ? (const f16 *)block + t * d
+                   : at < step_pos ? ring + kv.exact_at(a.layer, slot, h, at)
+                                   : fresh + ((int64_t)(row0 + at - step_pos) * kv.Hkv + h) * d;
         }, d);
     };
 

@@ -105,7 +105,9 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
             hadamard_lanes(x);
         } else {
             const bool from_step = !sealed && pos >= p0;
-            const f16 *row = from_step ? fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * D : sealed ? (const f16 *)block + t * D : ring + kv.exact_at(a.layer, slot, h, pos);
+            const f16 *row = from_step ? fresh + ((int64_t)(rows.row + pos - p0) * kv.Hkv + h) * D
+                             : sealed  ? (const f16 *)block + t * D
+                                       : ring + kv.exact_at(a.layer, slot, h, pos);
             for (int c = 0; c < C; c++) x[c] = 0.0f, plain[c] = pos <= last ? to_f32(row[lane * C + c]) : 0.0f;
         }
         if (key) turn_lanes(plain, kv.rope, pos);
