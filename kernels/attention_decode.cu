@@ -141,10 +141,10 @@ bool attention_decode(float *y, const float *q, const KvView &kv, int layer, con
     return true;
 }
 
-bool attend(float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq) {
+bool attend(float *y, const float *q, const float *k, const float *v, f16 *, f16 *, const KvView &kv, int layer, const Batch &b, int Hq) {
     const Step &step = step_of(b);
     if (!serves(kv, step)) return false;
-    if (const int seals = step.most_seals(kv)) seal_blocks(kv, layer, k16, v16, step, seals);    // of the ring; later steps read them
+    if (layer == 0 && step.most_seals(kv)) seal_in_turn(kv, step);    // of every layer, from the ring; later steps read them
     decode(y, q, k, v, nullptr, nullptr, kv, layer, b, Hq);
     return true;
 }

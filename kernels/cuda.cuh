@@ -78,6 +78,8 @@ SealedFormat sealed_format(KvFormat format, int d);    // kv_seal.cu; nothing in
 
 // Blocks begin..begin+n-1 of every slot of the step are sealed, where a slot has so many to seal; begin as kv_write says.
 void seal_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
+// For a step of one row a slot, f16 and NSN: what every layer whose turn it is seals, in one launch.  All of it is in the ring.
+void seal_in_turn(const KvView &kv, const Step &step);
 // The same for the sides in a scalar format (kv_seal_scalar.cu); seal_blocks calls it.
 void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
 

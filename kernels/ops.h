@@ -91,7 +91,7 @@ struct Ops {
     // The cache (kv_block.h says which tokens a row sees).  k, v (N,Hkv,d): this step's rows, keys before RoPE; k16, v16
     // the same rounded to fp16, which is what everybody reads.
     // Calls a layer: rope, then these three in this order.  Or attend, which is all four where a backend does them together and
-    // k16, v16 are room for it; false: not for such a step, and nothing is done.
+    // k16, v16 are room for it; false: not for such a step, and nothing is done.  With layer 0 it may seal for all layers.
     bool (*attend)   (float *y, const float *q, const float *k, const float *v, f16 *k16, f16 *v16, const KvView &kv, int layer, const Batch &b, int Hq);
     void (*kv_write) (const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, const float *v, const Batch &b);
     void (*attention)(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);

@@ -20,6 +20,7 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
     std::vector<int> ids;
     for (int i = 0; i <= T; i++) ids.push_back((i * 37 + i / 7) % V);
     for (KvFormat format : {KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b}) {
+        if (!taken()) continue;
         INFO(std::string(kv_format_name(format)));
         const KvOptions o = {format, format};
         KvCache cache, copy;
@@ -31,9 +32,12 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
         Activations a;
         activations_open(a, *gpu, c, T, 1);
         Rows rows;
-        for (int p = 0; p < T; p++) rows.add(ids[p], 0, p, p == T - 1);
         kv_cache_reserve(cache, 0, T + 1), kv_cache_reserve(copy, 0, T + 1);
-        forward(m, v, a, rows.batch(), *gpu);
+        for (int from = 0; from < T; from += step_rows(T)) {
+            rows.clear();
+            for (int p = from; p < std::min(T, from + step_rows(T)); p++) rows.add(ids[p], 0, p, p == T - 1);
+            forward(m, v, a, rows.batch(), *gpu);
+        }
         gpu->download(copy.view.k_sealed, v.k_sealed, codes), gpu->download(copy.view.v_sealed, v.v_sealed, codes);
         std::vector<f16> k_exact(exact), v_exact(exact);
         gpu->download(k_exact.data(), v.k_exact, exact * 2), gpu->download(v_exact.data(), v.v_exact, exact * 2);
