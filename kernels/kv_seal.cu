@@ -161,17 +161,21 @@ template <int C> struct SearchTables {
             chunk[n / 8].norm[n % 8] = 0.25f * delta * square;
         }
         __syncthreads();
-        for (int n = threadIdx.x; n < 8 * 8 * 4 * 8; n += SEAL_THREADS) {
-            const int t = n % 8 / 2, j = n / 8 % 4, g = n / 32 % 8, k = n / 256;
+        if (threadIdx.x < 8 * 8 * 4) {
+            const int j = threadIdx.x % 4, g = threadIdx.x / 4 % 8, k = threadIdx.x / 32;
             const Chunk &from = chunk[4 * k + g / 2];
             const float side = g % 2 ? -0.5f : 0.5f;
-            if (C == 8 || n % 2 == 0) {
+            unsigned first[4], second[4];
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
                 const float2 u = unpack(from.m[2 * t][j % (C / 2)]), w = unpack(from.m[2 * t + 1][j % (C / 2)]);
-                ((unsigned *)b)[n] = pack(0.5f * u.x + side * w.x, 0.5f * u.y + side * w.y);
-            } else {
+                first[t] = second[t] = pack(0.5f * u.x + side * w.x, 0.5f * u.y + side * w.y);
+                if (C == 8) continue;
                 const float x = 0.5f * from.norm[2 * t] + side * from.norm[2 * t + 1], hi = to_f32(to_f16(x)), lo = to_f32(to_f16(x - hi));
-                ((unsigned *)b)[n] = j == 0 ? pack(hi, lo) : j == 1 ? pack(x - hi - lo, 0) : 0;
+                second[t] = j == 0 ? pack(hi, lo) : j == 1 ? pack(x - hi - lo, 0) : 0;
             }
+            b[k][g][j][0] = make_uint4(first[0], second[0], first[1], second[1]);
+            b[k][g][j][1] = make_uint4(first[2], second[2], first[3], second[3]);
         }
         if (threadIdx.x < 4) ones[threadIdx.x] = threadIdx.x == 0 ? pack(1, 1) : threadIdx.x == 1 ? pack(1, 0) : 0;
         if (C == 8 && threadIdx.x < 128) {
@@ -187,7 +191,7 @@ template <int C> struct SearchTables {
 // <x,x> and <x,m>.
 template <int C>
 __device__ inline void search(uint8_t *code, uint8_t *sign, float *x, const SearchTables<C> &book, const float *s2, int n, int groups) {
-    constexpr int TILES = C == 8 ? 2 : 4;    // of 16 groups: a warp's share of the work that a codeword read is good for
+    constexpr int TILES = 2;    // of 16 groups: a warp shares what it reads of the codebook; with four, sums wait for registers
     const int lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     for (int v0 = threadIdx.x / 32 * 16 * TILES; v0 < n; v0 += SEAL_WARPS * 16 * TILES) {
         unsigned a[TILES][4];     // 16 groups as rows of A: -hi and -lo side by side, for C < 8 then 1 for each part of the norm
