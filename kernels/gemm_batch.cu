@@ -16,7 +16,9 @@
              Tried: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; 8 thread blocks a cluster: an H100
              has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124); thread blocks of
              half a multiprocessor (113 KB, 8 warps of two tiles, stages of 64 inputs, x a step of 128 ahead), so that the next kernel's
-             fill their ring beside them: 94, 69, 36 and 29 us alone, and 3,918 tok/s for 4,144 (3,775 if those start at once).
+             fill their ring beside them: 94, 69, 36 and 29 us alone, and 3,918 tok/s for 4,144 (3,775 if those start at once); asking for
+             the first 8, 16 or 32 MB of the next product's weights to come to L2 once all of the own are asked for: 4,043, 4,039 and
+             3,955 tok/s for 4,085.
    Limits    9 <= N <= 32; f16 weights, in a multiple of 8, all of it aligned to 16 bytes; |g x| < 65,520; a thread block of 227 KB.
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__

@@ -1,6 +1,7 @@
 /* kv_seal - blocks of 64 rows into the cache's format on the GPU: the contract is kv_write.cu's, the method nsn_seal.h's.
 
-   Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; a warp owns a token at a time.
+   Work      One thread block for each block, kv head, and K or V.  Rows go to shared memory as f32; eight threads
+             add up what a token needs, a warp turns and rotates it.
    Search    On tensor cores.  A codeword is w = delta / 2 m with odd integers m below 256, which f16 holds exactly; x is two
              f16 numbers, hi + lo, together within 2^-22 of it.  The nearest w has the smallest
                  2 / delta (|w|^2 / 2 - x . w)  =  delta / 4 |m|^2 - hi . m - lo . m
@@ -10,7 +11,11 @@
              codewords hold the nearest of those it sees; four lanes see all of them; the 8 are looked at once more, in f32.
    Agrees    with the reference up to ties: sums are added in another order, mostly in f32, so results differ in the last bit now
              and then; the search chooses between codewords whose scores are closer than 2^-21 |x||w| as it likes.
-   Cost      COST
+   Cost      A block of d = 128 takes some 65,000 warp instructions in nsn2b, 60% in the search, 29,000 of them its loop; 64 us for 512
+             blocks (8 heads, K and V, 32 rows) on an H100, nsn2 and nsn1 61, nsn4b 94; 22 us for 16 blocks.  Before, with every
+             score compared and a warp for every sum: 142,000 instructions, 115, 80 and 178 us, 39 for 16 blocks.
+             Tried: four tiles of groups at a time, which leave no registers for the next products, so that each waits for the sum
+             before it (68 us); codewords to look at once more in f32, twice the banks' conflicts.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -301,6 +306,7 @@ __device__ inline void store_scales_warp(const NsnFields &f, const float *s2) {
     if (lane == 0) f.s2_log8->min = min, f.s2_log8->step = step;
 }
 
+// What thread blocks share beside x and the tables.
 struct SealWork {
     float inverse_s1[KV_BLOCK], s2[KV_BLOCK], inverse_s2[KV_BLOCK], mean[MAX_HEAD_DIM];
     double sums[SEAL_THREADS];
@@ -364,7 +370,7 @@ __device__ inline void seal(const NsnFields &f, float *x, SearchTables<C> &book,
     // 3 to 5: what is linear can wait for the scales
     const int p = d & -d;
     const bool rotate = !(kv.ablate & NO_HADAMARD);
-    const float scale_h = rotate ? rsqrtf((float)p) : 1.0f;
+    const float rotation_scale = rotate ? rsqrtf((float)p) : 1.0f;
     Token<D> mean_here;
     mean_here.load(mean, d);
 #pragma unroll(D ? 2 : 1)
@@ -375,7 +381,7 @@ __device__ inline void seal(const NsnFields &f, float *x, SearchTables<C> &book,
         for (int k = 0; k < here.K; k++) here.y[k] = fmaf(here.y[k], inverse_s1[t], -mean_here.y[k]);
         if (key && pre_rope) here.turn(x + t * d, d, kv.rope, first_pos + t);
         if (rotate) here.hadamard(p);
-        const float scale = inverse_s2[t] * scale_h;
+        const float scale = inverse_s2[t] * rotation_scale;
 #pragma unroll
         for (int k = 0; k < here.K; k++) here.y[k] *= scale;
         here.store(x + t * d, d);
@@ -407,9 +413,10 @@ template <int D> __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(
     if (kv_is_scalar(key ? kv.k_format : kv.v_format)) return;
     const SlotRows rows = a.slots[blockIdx.z / 2];
     const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row];
-    const int layer = a.layer == ALL_IN_TURN ? p0 % KV_BLOCK + SEAL_STEPS * (int)blockIdx.x : a.layer;    // sealed_end(p0) is another than before at this one
-    if (a.layer == ALL_IN_TURN && (p0 % KV_BLOCK >= SEAL_STEPS || layer >= kv.L)) return;
-    const int i = kv.sealed_end(p0 - 1, layer) + (a.layer == ALL_IN_TURN ? 0 : blockIdx.x);
+    const bool in_turn = a.layer == ALL_IN_TURN;
+    const int layer = in_turn ? kv.layer_in_turn(p0, blockIdx.x) : a.layer;
+    if (layer >= kv.L) return;
+    const int i = kv.sealed_end(p0 - 1, layer) + (in_turn ? 0 : blockIdx.x);
     if (i >= kv.sealed_end(a.last_pos[rows.row], layer)) return;
     uint8_t *block = key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i);
     const f16 *ring = key ? kv.k_exact : kv.v_exact, *fresh = key ? a.k16 : a.v16;

@@ -15,16 +15,16 @@ inline const Ops *find_gpu() {
     return ops;
 }
 
-// Under a sanitizer kernels take 10 to 100 times as long: with EVERY=n in the environment, loops over cases take every n-th, and
-// sequences are short.  With ROWS=8, steps of whole models leave all products to kernels of ours: initcheck does not see what
-// cuBLAS writes.
+// Under a sanitizer kernels take 10 to 10,000 times as long: with EVERY=n in the environment, loops over cases take every n-th, with
+// LENGTH=n the longest sequences have n tokens (73: one block is read as codes).  With ROWS=8, steps of whole models leave all
+// products to kernels of ours: initcheck does not see what cuBLAS writes.
 inline int environment(const char *name, int otherwise) { return getenv(name) ? std::max(1, atoi(getenv(name))) : otherwise; }
 inline int every() { return environment("EVERY", 1); }
 inline bool taken() {
     static int seen = 0;
     return seen++ % every() == 0;
 }
-inline int length(int n) { return every() == 1 ? n : std::min(n, KV_BLOCK + SEAL_STEPS + 1); }    // one block read as codes
+inline int length(int n) { return std::min(n, environment("LENGTH", n)); }
 inline int step_rows(int n) { return std::min(n, environment("ROWS", n)); }
 
 // What attention_decode.cu takes, and how far codes are off there: 16-bit queries and weights, f16 cosines (the design's bound).

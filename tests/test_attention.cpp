@@ -234,6 +234,12 @@ TEST_CASE("sealing: every layer in its turn, before a row reads the codes and wh
                         ring[l][row(pos)] = pos;
                         at_once += end - begin, sealed[l] = end;
                     }
+                    int in_turn = 0;    // what one launch for all layers finds (kernels/kv_seal.cu): a block of each
+                    for (int i = 0; i < (layers + 7) / 8; i++) {
+                        const int l = v.layer_in_turn(pos, i);
+                        if (l < layers) in_turn += v.sealed_end(pos, l) > v.sealed_end(pos - 1, l);
+                    }
+                    CHECK(in_turn == at_once);
                     CHECK(at_once <= (layers + 7) / 8);
                     CHECK((v.most_seals(pos, pos) > 0) == (at_once > 0));
                     CHECK((v.stretch(pos) == v.stretch(pos + 1) || v.coded_end(pos + 1) > v.coded_end(pos) || pos < 64 * (1 + sink + recent) + 8));
