@@ -222,8 +222,8 @@ struct KvView {
     HD int coded_end(int pos) const { return end_behind(pos - SEAL_STEPS); }
     // The first block that this layer has not sealed when the row at pos is there.  pos = -1: nothing is sealed yet.
     HD int sealed_end(int pos, int layer) const { return end_behind(pos - layer % SEAL_STEPS); }
-    // The i-th layer that seals a block when the row at pos is there and was alone in its step, if any block of it; L or more: there is none.
-    HD int layer_in_turn(int pos, int i) const { return pos % KV_BLOCK < SEAL_STEPS ? pos % KV_BLOCK + SEAL_STEPS * i : L; }
+    // The i-th layer that may seal a block, and one at most, in a step of one row, at pos.
+    HD static int layer_in_turn(int pos, int i) { return pos % KV_BLOCK + SEAL_STEPS * i; }
     // Blocks that a layer seals in a step of rows at positions from .. to, at most.
     HD int most_seals(int from, int to) const { return end_behind(to) - end_behind(from - (L < SEAL_STEPS ? L : SEAL_STEPS)); }
     // Rows of equal stretches agree on coded_end.
