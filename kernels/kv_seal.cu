@@ -456,7 +456,8 @@ template <int D> __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(
 
 // One thread block for each of so many blocks or layers, kv head, slot, and K or V.
 static void seal_grid(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n) {
-    const SealArgs a = {kv, k16, v16, step.on_device, step.on_slots, step.on_last_pos, sealed_format(kv.k_format, kv.d), sealed_format(kv.v_format, kv.d), layer};
+    const SealArgs a = {kv, k16, v16, step.on_device, step.on_slots, step.on_last_pos,
+                        sealed_format(kv.k_format, kv.d), sealed_format(kv.v_format, kv.d), layer};
     const auto kernel = kv.d == 128 ? seal_kernel<128> : kv.d == 64 ? seal_kernel<64> : seal_kernel<0>;
     const int bytes = KV_BLOCK * kv.d * (int)sizeof(float);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
