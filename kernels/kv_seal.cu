@@ -307,7 +307,7 @@ __device__ inline void store_scales_warp(const NsnFields &f, const float *s2) {
 }
 
 // What thread blocks share beside x and the tables.
-struct SealWork {
+struct alignas(16) SealWork {
     float inverse_s1[KV_BLOCK], s2[KV_BLOCK], inverse_s2[KV_BLOCK], mean[MAX_HEAD_DIM];
     double sums[SEAL_THREADS];
 };
