@@ -5,6 +5,7 @@
              codes   both sides NSN: decode_codes.cu, and decode_codes_mha.cu for heads with one query
              One launch a layer: who needs a query turns and scales it (load_query), who needs the row's own key and value rounds
              them and puts them into the ring (own_row).  The first sealed blocks are asked for before the kernel before is done.
+             Before layer 0 one launch more seals what is due in all layers (kv_seal.cu).
    Work      The cache of a row and kv head is divided into parts; a part is a thread block's, and a team's of its warps in
              decode_codes (codes_shares).  A part leaves a triple (m, l, o), the last to arrive merges them in order.
              f16: units are 8 tokens; 8 warps take turns.  The keys of a warp's next tokens are on their way while it adds up the
