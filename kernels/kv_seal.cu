@@ -11,11 +11,10 @@
              codewords hold the nearest of those it sees; four lanes see all of them; the 8 are looked at once more, in f32.
    Agrees    with the reference up to ties: sums are added in another order, mostly in f32, so results differ in the last bit now
              and then; the search chooses between codewords whose scores are closer than 2^-21 |x||w| as it likes.
-   Cost      A block of d = 128 takes some 65,000 warp instructions in nsn2b, 60% in the search, 29,000 of them its loop; 64 us for 512
-             blocks (8 heads, K and V, 32 rows) on an H100, nsn2 and nsn1 61, nsn4b 94; 22 us for 16 blocks.  Before, with every
-             score compared and a warp for every sum: 142,000 instructions, 115, 80 and 178 us, 39 for 16 blocks.
+   Cost      64 us for 512 blocks of nsn2b, d = 128 (8 heads, K and V, 32 rows) on an H100, nsn2 and nsn1 61, nsn4b 94; 22 us for 16.
+             Before, with every score compared and a warp for every sum: 142,000 warp instructions a block, 115, 80 and 178 us, 39.
              Tried: four tiles of groups at a time, which leave no registers for the next products, so that each waits for the sum
-             before it (68 us); codewords to look at once more in f32, twice the banks' conflicts.
+             before it; with that, and tables made in more passes, 68 us and 71,500 instructions (ncu), 63% of them in the search.
    Tested by tests/test_cuda.cpp                                                                                     */
 #ifdef __CUDACC__
 #include <algorithm>
