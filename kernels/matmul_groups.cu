@@ -24,32 +24,37 @@
 #include "groups.h"
 
 #ifdef __CUDACC__
-#include <cuda_pipeline.h>
 #include "gemv.cuh"
+#include "ring.cuh"
 namespace cuda {
 
-constexpr int WARPS = 16;
-constexpr int ROWS = 16;            // outputs of a tile; gated: 8 of gate, 8 of up
-constexpr int STAGE_BYTES = ROWS * 64 + ROWS * 8;    // codes, then scales, of a warp
-constexpr int MANY_STAGES = 6, FEW_STAGES = 3;       // of the ring: 92 and 37 KB on their way while one stage is in work
-constexpr int PART_BYTES = 32768;   // sums of tiles, of all warps: twice (8 rows: once)
-constexpr int LANES = 8;            // that add up an output
+constexpr int WARPS = 16;            // that multiply; one more copies weights
+constexpr int ROWS = 16;             // outputs of a tile; gated: 8 of gate, 8 of up
+constexpr int STEP_BYTES = 1024;     // of a row's codes in a stage of the ring: 64 a warp
+constexpr int CODE_PITCH = STEP_BYTES + 16;          // from row to row: 8 of them meet all banks
+constexpr int MANY_STAGES = 6, FEW_STAGES = 4;       // of the ring, 18 KB each
+constexpr int PART_BYTES = 32768;    // sums of tiles, of all warps: twice (8 rows: once)
+constexpr int LANES = 8;             // that add up an output
 constexpr float INTEGERS = 127 * 65536;    // the largest of x: its high byte fits
 template <int R> constexpr int TILES = R == 1 ? 8 : R == 2 ? 4 : 2;    // that are added up together
-template <int STAGES> constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-template <int STAGES> constexpr int BESIDE_X = RING_BYTES<STAGES> + PART_BYTES;
-constexpr int BLOCK_BYTES = FEW_ROWS * (WARPS * 8 + 4);    // declared shared memory
 
-template <DType T> constexpr int UNIT = T == DType::q4 ? 128 : 64;    // inputs in 64 bytes of codes
+template <DType T> constexpr int UNIT = T == DType::q4 ? 128 : 64;    // inputs in 64 bytes of codes, a warp's of a row in a stage
+template <DType T> constexpr int STEP = UNIT<T> * WARPS;              // inputs of a stage
+template <DType T> constexpr int SCALES = UNIT<T> / GROUP * 2;        // bytes of a unit's scales
+template <DType T> constexpr int SCALE_PITCH = SCALES<T> * WARPS + 16;
+template <DType T> constexpr int STAGE_BYTES = ROWS * (CODE_PITCH + SCALE_PITCH<T>);
+constexpr int ALIGN = 256;           // in: then a row's scales are whole copies of 16 bytes
+template <DType T, int STAGES> constexpr int BESIDE_X = STAGES * STAGE_BYTES<T> + PART_BYTES;
+constexpr int BLOCK_BYTES = FEW_ROWS * (WARPS * 8 + 4) + 256;    // declared shared memory, at most
 
 // x in shared memory, of a group and a pair of rows (or of one row, if there is one): a column has 32 bytes, lane t's 8 together.
-// Behind the columns of all groups, for two columns each: (what their sums begin with, the unit of the integers).
+// Behind the columns of all groups, for each row of a pair: the units of the integers of all groups.
 template <int R> struct XPlace {    // R rows
     static constexpr int PAIRS = (R + 1) / 2, COLUMNS = R == 1 ? 4 : 8;
     int groups;
     __device__ int column_at(int group, int pair, int column) const { return ((group * PAIRS + pair) * COLUMNS + column) * 32; }
-    __device__ int start_at(int group, int pair, int column) const { return groups * PAIRS * COLUMNS * 32 + ((group * PAIRS + pair) * COLUMNS + column) * 8; }
-    static int64_t bytes(int64_t in) { return in / GROUP * PAIRS * COLUMNS * 40; }
+    __device__ int unit_at(int group, int n) const { return groups * PAIRS * COLUMNS * 32 + (n * groups + group) * 4; }
+    static int64_t bytes(int64_t in) { return in / GROUP * (PAIRS * COLUMNS * 32 + (R == 1 ? 1 : 2 * PAIRS) * 4); }
 };
 
 __device__ inline float4 load_normed(const float *x, const float *gain, int n, int in, int k) {
@@ -70,7 +75,6 @@ template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlac
         const bool tiny = top < 27u << 23;    // below 2^-100: nothing
         const float largest = __uint_as_float(top), inverse = tiny ? 0.0f : INTEGERS / largest;
         uint32_t bytes[3][2];    // [high, middle, low][inputs 4t ..., 16 + 4t ...]
-        int sums[3] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const float e[4] = {v[h].x, v[h].y, v[h].z, v[h].w};
@@ -81,68 +85,81 @@ template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlac
             for (int b = 0; b < 3; b++) {
                 const int select = (2 - b) | (6 - b) << 4;
                 bytes[b][h] = __byte_perm(__byte_perm(w[0], w[1], select), __byte_perm(w[2], w[3], select), 0x5410) ^ 0x80808080;
-                sums[b] = __dp4a((int)bytes[b][h], 0x01010101, sums[b]);
             }
         }
         for (int b = 0; b < 3; b++) *(uint2 *)(xs + place.column_at(group, n / 2, column + b) + 8 * t) = make_uint2(bytes[b][0], bytes[b][1]);
         *(uint2 *)(xs + place.column_at(group, n / 2, column + 3) + 8 * t) = make_uint2(0, 0);
-        for (int b = 0; b < 3; b++)
-            for (int o = 1; o < 4; o *= 2) sums[b] += __shfl_xor_sync(quad, sums[b], o);
-        const int offset = T == DType::q4 ? -8 : 0, unit = __float_as_int(tiny ? 0.0f : largest / INTEGERS);
-        if (t < 2) *(int4 *)(xs + place.start_at(group, n / 2, column + 2 * t)) = t == 0 ? make_int4(offset * sums[0], offset * sums[1], unit, 0) : make_int4(offset * sums[2], 0, unit, 0);
+        // codes of q4 are 16 times what they are
+        if (t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
     }
 }
 
-template <int BYTES> __device__ inline void copy_scales(uint8_t *to, const uint8_t *from) {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
-}
+__device__ inline void meet_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
+// N neighbouring numbers, one load.
+template <class U, int N> struct alignas(N * sizeof(U)) Few { U of[N]; };
+
 // Up to R rows of x.
 template <DType T, int R, int STAGES>
-__global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int slab_steps) {
+__global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int slab_steps) {
     extern __shared__ uint4 shared[];
-    constexpr int GROUPS = UNIT<T> / GROUP, SCALE_BYTES = GROUPS * 2, PAIRS = XPlace<R>::PAIRS, COLUMNS = XPlace<R>::COLUMNS;
+    constexpr int GROUPS = UNIT<T> / GROUP, PAIRS = XPlace<R>::PAIRS, COLUMNS = XPlace<R>::COLUMNS;
     constexpr int TILES = cuda::TILES<R>, SUMS = COLUMNS / 2, PART = WARPS * TILES * PAIRS * ROWS * SUMS;    // SUMS: of a row of W and a pair of x
     static_assert(PART * (R == 8 ? 1 : 2) * (int)sizeof(float) == PART_BYTES, "sums have no place");
     __shared__ double squares[FEW_ROWS][WARPS];
     __shared__ float norms[FEW_ROWS];
-    uint8_t *const ring = (uint8_t *)shared;                                          // [warp][stage]
-    float *const parts = (float *)(ring + RING_BYTES<STAGES>);                        // [tiles of this turn, of the last][warp][tile][pair][row of W][sum]
-    uint8_t *const xs = ring + BESIDE_X<STAGES>;
+    __shared__ uint64_t barriers[Ring<STAGES>::BYTES / 8];
+    static_assert(sizeof squares + sizeof norms + sizeof barriers <= BLOCK_BYTES, "");
+    uint8_t *const stages = (uint8_t *)shared;
+    float *const parts = (float *)(stages + STAGES * STAGE_BYTES<T>);                 // [tiles of this turn, of the last][warp][tile][pair][row of W][sum]
+    uint8_t *const xs = stages + BESIDE_X<T, STAGES>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int tile_outs = p.tile_outs(ROWS), tiles = p.tiles(ROWS);
-    const int steps = (in + UNIT<T> * WARPS - 1) / (UNIT<T> * WARPS), slabs = (steps + slab_steps - 1) / slab_steps;
+    const int steps = (in + STEP<T> - 1) / STEP<T>, slabs = (steps + slab_steps - 1) / slab_steps;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    uint8_t *const mine = ring + warp * STAGES * STAGE_BYTES;
+    const Ring<STAGES> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
+    if (threadIdx.x == 0) ring.open(WARPS);
+    __syncthreads();
 
-    // ---- weights: lane copies 16 bytes of rows g and g + 8, and the scales of row `lane`
-    struct { int first, slab, tile, step; } next = {begin, 0, 0, 0};    // of `TILES` tiles from first on
-    const uint8_t *code[2], *scale;
-    auto find_rows = [&] {
-        for (int i = 0; i < 2; i++) code[i] = p.weights_of<uint8_t>(p.row_of<ROWS>(next.first + next.tile, g + 8 * i), in / UNIT<T> * 64) + warp * 64 + t * 16;
-        const Products::Row row = p.row_of<ROWS>(next.first + next.tile, lane % ROWS);
-        scale = (const uint8_t *)(p.W[row.m].scale + (int64_t)row.o * (in / GROUP)) + warp * SCALE_BYTES;
-    };
-    auto load = [&](int stage) {    // the next stage of weights, if there is one
-        if (next.first < end) {
-            if (next.step == next.slab * slab_steps) find_rows();
-            if ((next.step * WARPS + warp) * UNIT<T> < in) {
-                uint8_t *const to = mine + stage * STAGE_BYTES;
-                for (int i = 0; i < 2; i++)    // 16 bytes of row r go to place t ^ (r / 2 % 4), so that reading 8 rows meets all banks
-                    copy_weights(to + (g + 8 * i) * 64 + (t ^ (g / 2)) * 16, code[i] + next.step * (WARPS * 64));
-                if (lane < ROWS) copy_scales<SCALE_BYTES>(to + ROWS * 64 + lane * 8, scale + next.step * (WARPS * SCALE_BYTES));
-            }
-            if (++next.step == min(steps, (next.slab + 1) * slab_steps)) {
-                if (++next.tile == TILES || next.first + next.tile == end) {
-                    next.tile = 0;
-                    if (++next.slab == slabs) next.slab = 0, next.first += TILES;
-                }
-                next.step = next.slab * slab_steps;
-            }
-        }
-        __pipeline_commit();
-    };
+    // ---- weights: `TILES` tiles at a time, slab by slab.  Eight lanes copy 128 neighbouring bytes of a row, a lane those of rows lane / 8,
+    // 4 further ...
+    if (warp == WARPS) {
+        constexpr int EACH = ROWS / 4;
+        const int piece = lane % 8 * 16;
+        int i = 0;
 #pragma unroll 1
-    for (int s = 0; s < STAGES - 1; s++) load(s);
+        for (int first = begin; first < end; first += TILES)
+#pragma unroll 1
+            for (int slab = 0; slab < slabs; slab++)
+#pragma unroll 1
+                for (int tile = first; tile < min(first + TILES, end); tile++) {
+                    const uint8_t *codes[EACH], *scales[EACH];
+                    const int first_unit = slab * slab_steps * WARPS, last_unit = min(in / UNIT<T>, first_unit + slab_steps * WARPS);
+#pragma unroll
+                    for (int r = 0; r < EACH; r++) {
+                        const Products::Row row = p.row_of<ROWS>(tile, lane / 8 + 4 * r);
+                        const int64_t unit = (int64_t)row.o * (in / UNIT<T>) + first_unit;
+                        codes[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + piece, scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + piece;
+                    }
+#pragma unroll 1
+                    for (int unit = first_unit; unit < last_unit; unit += WARPS, i++) {
+                        uint8_t *const to = stages + i % STAGES * STAGE_BYTES<T> + piece;
+                        const int units = min(WARPS, last_unit - unit);
+                        ring.begin_fill(i);
+#pragma unroll
+                        for (int b = 0; b < STEP_BYTES; b += 128)
+                            if (b + piece < units * 64)
+#pragma unroll
+                                for (int r = 0; r < EACH; r++) copy_weights(to + (lane / 8 + 4 * r) * CODE_PITCH + b, codes[r] + b);
+                        if (piece < units * SCALES<T>)
+#pragma unroll
+                            for (int r = 0; r < EACH; r++) copy_weights(to + ROWS * CODE_PITCH + (lane / 8 + 4 * r) * SCALE_PITCH<T>, scales[r]);
+                        ring.end_fill(i);
+#pragma unroll
+                        for (int r = 0; r < EACH; r++) codes[r] += STEP_BYTES, scales[r] += SCALES<T> * WARPS;
+                    }
+                }
+        return;
+    }
     wait_for_inputs();
 
     // ---- products
@@ -155,19 +172,20 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
             if (lane == 0) squares[n][warp] = square;
         }
     };
+    const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t, *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
     int stage = 0, turn = 0;
     for (int first = begin; first < end; first += TILES, turn ^= 1) {
         const int n_tiles = min(TILES, end - first);
         float *const sums = parts + (R == 8 ? 0 : turn * PART);
         for (int slab = 0; slab < slabs; slab++) {
-            const int first_step = slab * slab_steps, last_step = min(steps, first_step + slab_steps), from = first_step * WARPS * UNIT<T>;
-            const XPlace<R> place = {(min(in, last_step * WARPS * UNIT<T>) - from) / GROUP};
+            const int first_step = slab * slab_steps, last_step = min(steps, first_step + slab_steps), from = first_step * STEP<T>;
+            const XPlace<R> place = {(min(in, last_step * STEP<T>) - from) / GROUP};
             if (slabs > 1 || first == begin) {
-                if (slab > 0 || first > begin) __syncthreads();
+                if (slab > 0 || first > begin) meet_multipliers();
                 fill_x<T, R>(xs, place, x, p.norm.weight, N, in, from);
-                __syncthreads();
+                meet_multipliers();
             }
-            const uint8_t *const x_lane = xs + place.column_at(0, 0, g % COLUMNS) + 8 * t, *const start_lane = xs + place.start_at(0, 0, 2 * t % COLUMNS);
+            const uint8_t *const x_lane = xs + place.column_at(0, 0, g % COLUMNS) + 8 * t, *const unit_lane = xs + place.unit_at(0, R == 1 ? 0 : t / 2);
 #pragma unroll 1
             for (int tile = 0; tile < n_tiles; tile++) {
                 float *const part = sums + ((warp * TILES + tile) * PAIRS * ROWS + g) * SUMS + t % SUMS;
@@ -175,42 +193,38 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
                 if (slab > 0)
                     for (int h = 0; h < PAIRS; h++) sum[h][0] = part[h * ROWS * SUMS], sum[h][1] = part[(h * ROWS + 8) * SUMS];
 #pragma unroll 1
-                for (int step = first_step; step < last_step; step++) {
-                    __pipeline_wait_prior(STAGES - 2);
-                    __syncwarp();    // all lanes' copies are there, and nobody reads the stage before any more
-                    load(stage == 0 ? STAGES - 1 : stage - 1);
-                    const uint8_t *const here = mine + stage * STAGE_BYTES;
-                    stage = stage + 1 == STAGES ? 0 : stage + 1;
-                    const int unit = step * WARPS + warp;
-                    if (unit * UNIT<T> >= in) continue;
-                    const uint8_t *row[2] = {here + g * 64 + 4 * t, here + (g + 8) * 64 + 4 * t};
-                    struct alignas(SCALE_BYTES) Scales { f16 of[GROUPS]; };
-                    const Scales s_low = *(const Scales *)(here + ROWS * 64 + g * 8), s_high = *(const Scales *)(here + ROWS * 64 + (g + 8) * 8);
-                    const int group = unit * GROUPS - from / GROUP;
+                for (int step = first_step; step < last_step; step++, stage++) {
+                    ring.begin_read(stage);
+                    const int unit = step * WARPS + warp, group = unit * GROUPS - from / GROUP;
+                    if (unit * UNIT<T> < in) {
+                        const int at = stage % STAGES * STAGE_BYTES<T>;
+                        const uint8_t *const row[2] = {code_lane + at, code_lane + at + 8 * CODE_PITCH};
+                        const auto s_low = *(const Few<f16, GROUPS> *)(scale_lane + at), s_high = *(const Few<f16, GROUPS> *)(scale_lane + at + 8 * SCALE_PITCH<T>);
+                        Few<float, GROUPS> x_unit[PAIRS];
 #pragma unroll
-                    for (int j = 0; j < GROUPS; j++) {
-                        unsigned a[4];    // rows g and g + 8 of inputs 4t ..., then of 16 + 4t ...
+                        for (int h = 0; h < PAIRS; h++) x_unit[h] = *(const Few<float, GROUPS> *)(unit_lane + (2 * h * place.groups + group) * 4);
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            auto chunk = [&](int c) { return *(const unsigned *)(row[i] + (c ^ (g / 2)) * 16); };
-                            if constexpr (T == DType::q4) {
-                                const unsigned codes = chunk(j);
-                                a[i] = codes & 0x0f0f0f0f, a[2 + i] = codes >> 4 & 0x0f0f0f0f;
-                            } else a[i] = chunk(2 * j), a[2 + i] = chunk(2 * j + 1);
-                        }
-                        const float s0 = to_f32(s_low.of[j]), s1 = to_f32(s_high.of[j]);
+                        for (int j = 0; j < GROUPS; j++) {
+                            unsigned a[4];    // rows g and g + 8 of inputs 4t ..., then of 16 + 4t ...
 #pragma unroll
-                        for (int h = 0; h < PAIRS; h++) {
-                            const int at = ((group + j) * PAIRS + h) * COLUMNS;
-                            const uint2 b = *(const uint2 *)(x_lane + at * 32);
-                            const int4 start = *(const int4 *)(start_lane + at * 8);
-                            const float x_unit = __int_as_float(start.z);
-                            int c[4] = {start.x, start.y, start.x, start.y};
-                            mma_s8(c, a, b.x, b.y);
-                            sum[h][0] = fmaf((float)(c[0] * 256 + c[1]), s0 * x_unit, sum[h][0]);
-                            sum[h][1] = fmaf((float)(c[2] * 256 + c[3]), s1 * x_unit, sum[h][1]);
+                            for (int i = 0; i < 2; i++) {
+                                if constexpr (T == DType::q4) {    // 16 (code - 8), as bytes with a sign
+                                    const unsigned codes = *(const unsigned *)(row[i] + j * 16);
+                                    a[i] = (codes << 4 & 0xf0f0f0f0) ^ 0x80808080, a[2 + i] = (codes & 0xf0f0f0f0) ^ 0x80808080;
+                                } else a[i] = *(const unsigned *)(row[i] + 2 * j * 16), a[2 + i] = *(const unsigned *)(row[i] + (2 * j + 1) * 16);
+                            }
+                            const float s0 = to_f32(s_low.of[j]), s1 = to_f32(s_high.of[j]);
+#pragma unroll
+                            for (int h = 0; h < PAIRS; h++) {
+                                const uint2 b = *(const uint2 *)(x_lane + ((group + j) * PAIRS + h) * COLUMNS * 32);
+                                int c[4] = {};
+                                mma_s8(c, a, b.x, b.y);
+                                sum[h][0] = fmaf((float)(c[0] * 256 + c[1]), s0 * x_unit[h].of[j], sum[h][0]);
+                                sum[h][1] = fmaf((float)(c[2] * 256 + c[3]), s1 * x_unit[h].of[j], sum[h][1]);
+                            }
                         }
                     }
+                    ring.end_read(stage);
                 }
                 if (t < SUMS)
                     for (int h = 0; h < PAIRS; h++) part[h * ROWS * SUMS] = sum[h][0], part[(h * ROWS + 8) * SUMS] = sum[h][1];
@@ -218,14 +232,14 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
         }
         if (p.norm.weight && first == begin) {
             find_squares();
-            __syncthreads();
+            meet_multipliers();
             if (threadIdx.x < N) {
                 double sum = 0;
                 for (int w = 0; w < WARPS; w++) sum += squares[threadIdx.x][w];
                 norms[threadIdx.x] = 1.0f / sqrtf((float)sum / in + p.norm.eps);
             }
         }
-        __syncthreads();    // with two turns' sums the next turn does not wait for the readers of this one
+        meet_multipliers();    // with two turns' sums the next turn does not wait for the readers of this one
         const int outs = n_tiles * tile_outs * N, part_of = threadIdx.x % LANES;
         for (int i = threadIdx.x / LANES; i < outs; i += 32 * WARPS / LANES) {
             const int n = i % N, r = i / N % tile_outs, tile = i / N / tile_outs;
@@ -244,7 +258,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemv_groups_kernel(const __grid
             float *const to = p.result_of(p.row_of<ROWS>(first + tile, r), n);
             *to = p.gated ? silu(y) * up : p.add ? *to + y : y;
         }
-        if (R == 8) __syncthreads();
+        if (R == 8) meet_multipliers();
     }
 }
 
@@ -280,25 +294,22 @@ template <DType T> __global__ void __launch_bounds__(128) gemv_groups_any_kernel
 template <DType T, int R, int STAGES> static void launch_groups(const Products &p, const float *x, int N, int in, int slab_steps) {
     static const cudaError_t allowed = cudaFuncSetAttribute(gemv_groups_kernel<T, R, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared - BLOCK_BYTES);
     CUDA_CHECK(allowed);
-    const int64_t inputs = std::min<int64_t>(in, (int64_t)slab_steps * UNIT<T> * WARPS);
-    launch(gemv_groups_kernel<T, R, STAGES>, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * WARPS, BESIDE_X<STAGES> + XPlace<R>::bytes(inputs), p, x, N, in, slab_steps);
+    const int64_t inputs = std::min<int64_t>(in, (int64_t)slab_steps * STEP<T>);
+    launch(gemv_groups_kernel<T, R, STAGES>, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * (WARPS + 1), BESIDE_X<T, STAGES> + XPlace<R>::bytes(inputs), p, x, N, in, slab_steps);
 }
 // False: N is too large, or not even a step's x fits.
 template <DType T, int R, int STAGES> static bool gemv_groups_by(const Products &p, const float *x, int N, int in) {
-    constexpr int STEP = UNIT<T> * WARPS;
-    const int64_t room = most_shared - BLOCK_BYTES - BESIDE_X<STAGES>;
-    const int slab_steps = (int)std::min<int64_t>(room / XPlace<R>::bytes(STEP), ceil_div(in, STEP));    // steps whose x fits
+    const int64_t room = most_shared - BLOCK_BYTES - BESIDE_X<T, STAGES>;
+    const int slab_steps = (int)std::min<int64_t>(room / XPlace<R>::bytes(STEP<T>), ceil_div(in, STEP<T>));    // steps whose x fits
     if (N > R || room < 0 || slab_steps < 1) return false;
     launch_groups<T, R, STAGES>(p, x, N, in, slab_steps);
     return true;
 }
-bool gemv_groups_norms(DType type, int in) {    // the fast kernel serves any number of rows
-    const int unit = type == DType::q4 ? UNIT<DType::q4> : UNIT<DType::q8>;
-    return in % unit == 0 && most_shared - BLOCK_BYTES >= BESIDE_X<FEW_STAGES> + XPlace<FEW_ROWS>::bytes(unit * WARPS);
-}
+template <DType T> static bool fits() { return most_shared - BLOCK_BYTES >= BESIDE_X<T, FEW_STAGES> + XPlace<FEW_ROWS>::bytes(STEP<T>); }
+bool gemv_groups_norms(DType type, int in) { return in % ALIGN == 0 && (type == DType::q4 ? fits<DType::q4>() : fits<DType::q8>()); }    // the fast kernel serves any number of rows
 template <DType T> static void gemv_groups_of(const Products &p, const float *x, int N, int in) {
-    if (in % UNIT<T> == 0 && (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 2, MANY_STAGES>(p, x, N, in) ||
-                              gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in)))
+    if (in % ALIGN == 0 && (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 2, FEW_STAGES>(p, x, N, in) ||
+                            gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in)))
         return;
     launch(gemv_groups_any_kernel<T>, dim3(ceil_div(p.outs(), 4)), 128, 0, p, x, N, in);
 }

@@ -38,7 +38,7 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
     double worst = 0;
     // 64 and 128: what a warp takes at a time; 1,024 and 2,048: a step of 16 warps; 4,096 x 8: what shared memory holds of x
     for (DType type : GROUPED)
-        for (int in : {32, 64, 96, 128, 192, 960, 1024, 1088, 1920, 2048, 2176, 4096, 4224, 8320})
+        for (int in : {32, 64, 96, 256, 768, 1024, 1088, 1280, 1920, 2048, 2304, 4096, 4352, 8448})
             for (int out : {1, 15, 16, 17, 33, 300})
                 for (int N : {1, 2, 3, 4, 5, 7, 8, 9, 33}) {
                     if (in > 4096 && (out == 300 || N == 33)) continue;
@@ -72,7 +72,7 @@ TEST_CASE("cuda: matmul of q8 and q4: a row of up to 8 has the same bits alone, 
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     for (DType type : GROUPED)
-        for (int in : {96, 2176, 4096, 14336}) {
+        for (int in : {96, 2304, 4096, 14336}) {
             const int out = 70, N = FEW_ROWS;
             const GroupMatrix W((size_t)in * out, type, 2);
             const DeviceMatrix d(*gpu, W);

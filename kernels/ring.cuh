@@ -1,0 +1,49 @@
+// ring.cuh - a ring of stages in shared memory: one warp fills it, the others read it, and nobody waits for more than a stage.
+//
+// A stage has two barriers (mbarrier, PTX ISA).  `full`: every lane's copies are there; `free`: every reader is done.  Stage i is the
+// i / STAGES-th in its place, so its barriers have that parity.  A warp of its own asks for what comes: readers spend no instructions on
+// it, and do not stand still when the memory pipe takes no more.
+#pragma once
+#include "cuda.cuh"
+
+namespace cuda {
+
+template <int STAGES> struct Ring {
+    static constexpr int BYTES = 2 * STAGES * 8;    // of the barriers, at a multiple of 8
+    uint32_t barriers;                              // address in shared memory
+    __device__ uint32_t full(int i) const { return barriers + i % STAGES * 8; }
+    __device__ uint32_t free(int i) const { return full(i) + STAGES * 8; }
+
+    // By one thread, before the thread block meets.
+    __device__ void open(int readers) const {
+        for (int s = 0; s < STAGES; s++) {
+            asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(full(s)) : "memory");
+            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(free(s)), "r"(readers) : "memory");
+        }
+    }
+    // The warp that fills: all lanes, copies by any of them in between.
+    __device__ void begin_fill(int i) const {
+        if (i >= STAGES) wait(free(i), i / STAGES - 1);
+    }
+    __device__ void end_fill(int i) const { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full(i)) : "memory"); }
+    // A warp that reads.
+    __device__ void begin_read(int i) const { wait(full(i), i / STAGES); }
+    __device__ void end_read(int i) const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(free(i)) : "memory");
+    }
+
+private:
+    __device__ static void wait(uint32_t barrier, int round) {    // until that round is complete, of those from 0 on
+        uint32_t done;
+        do asm volatile("{\n .reg .pred p;\n"
+#if __CUDA_ARCH__ >= 900
+                        " mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+#else
+                        " mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+#endif
+                        " selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(round & 1) : "memory");
+        while (!done);
+    }
+};
+}    // namespace cuda
