@@ -57,16 +57,22 @@ template <int R> struct XPlace {    // R rows
     static int64_t bytes(int64_t in) { return in / GROUP * (PAIRS * COLUMNS * 32 + (R == 1 ? 1 : 2 * PAIRS) * 4); }
 };
 
-__device__ inline float4 load_normed(const float *x, const float *gain, int n, int in, int k) {
-    const float4 v = *(const float4 *)(x + (int64_t)n * in + k);
-    return gain ? v * __ldg((const float4 *)(gain + k)) : v;
-}
-// Rows of g x, inputs begin .. of place.groups groups, as integers.
-template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin) {
+// Rows of g x, inputs begin .. of place.groups groups, as integers.  Adds to `squares` those of the thread's part of x: whose they are
+// depends on nothing but the input.
+template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
     const unsigned quad = 15u << threadIdx.x % 32 / 4 * 4;    // lanes that share a group
-    for (int i = threadIdx.x; i < place.groups * 4 * N; i += 32 * WARPS) {
-        const int t = i % 4, n = i / 4 % N, group = i / 4 / N, k = begin + group * GROUP + 4 * t, column = n % 2 * 4;
-        const float4 v[2] = {load_normed(x, gain, n, in, k), load_normed(x, gain, n, in, k + 16)};
+#pragma unroll
+    for (int n = 0; n < R; n++)
+    for (int i = threadIdx.x; n < N && i < place.groups * 4; i += 32 * WARPS) {
+        const int t = i % 4, group = i / 4, k = begin + group * GROUP + 4 * t, column = n % 2 * 4;
+        float4 v[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) v[h] = *(const float4 *)(x + (int64_t)n * in + k + 16 * h);
+        if (gain) {
+            squares[n] += add_squares(v[1], add_squares(v[0], 0));
+#pragma unroll
+            for (int h = 0; h < 2; h++) v[h] = v[h] * __ldg((const float4 *)(gain + k + 16 * h));
+        }
         unsigned top = 0;    // |g x| as bits, which are in its order; NaN is above all
         for (const float4 &e : v) top = max(top, __float_as_uint(fmaxf(fmaxf(fabsf(e.x), fabsf(e.y)), fmaxf(fabsf(e.z), fabsf(e.w)))));
         for (const float4 &e : v) top = max(top, __float_as_uint(fabsf(e.x + e.y + e.z + e.w)) > 0x7f800000u ? 0x7fffffffu : 0u);    // fmaxf leaves NaN out
@@ -163,17 +169,9 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     wait_for_inputs();
 
     // ---- products
-    auto find_squares = [&] {    // rows one after the other, so that none's sum depends on how many there are
-        for (int n = 0; n < N; n++) {
-            double square = 0;
-            for (int k = 4 * threadIdx.x; k < in; k += 4 * 32 * WARPS)
-                square += add_squares(load_normed(x, nullptr, n, in, k), 0);
-            square = warp_sum(square);
-            if (lane == 0) squares[n][warp] = square;
-        }
-    };
     const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t, *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
     int stage = 0, turn = 0;
+    double square[R] = {};
     for (int first = begin; first < end; first += TILES, turn ^= 1) {
         const int n_tiles = min(TILES, end - first);
         float *const sums = parts + (R == 8 ? 0 : turn * PART);
@@ -182,7 +180,13 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
             const XPlace<R> place = {(min(in, last_step * STEP<T>) - from) / GROUP};
             if (slabs > 1 || first == begin) {
                 if (slab > 0 || first > begin) meet_multipliers();
-                fill_x<T, R>(xs, place, x, p.norm.weight, N, in, from);
+                fill_x<T, R>(xs, place, x, p.norm.weight, N, in, from, square);
+                if (p.norm.weight && first == begin && slab + 1 == slabs)
+#pragma unroll
+                    for (int n = 0; n < R; n++) {
+                        const double sum = warp_sum(square[n]);
+                        if (lane == 0) squares[n][warp] = sum;
+                    }
                 meet_multipliers();
             }
             const uint8_t *const x_lane = xs + place.column_at(0, 0, g % COLUMNS) + 8 * t, *const unit_lane = xs + place.unit_at(0, R == 1 ? 0 : t / 2);
@@ -230,14 +234,10 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                     for (int h = 0; h < PAIRS; h++) part[h * ROWS * SUMS] = sum[h][0], part[(h * ROWS + 8) * SUMS] = sum[h][1];
             }
         }
-        if (p.norm.weight && first == begin) {
-            find_squares();
-            meet_multipliers();
-            if (threadIdx.x < N) {
-                double sum = 0;
-                for (int w = 0; w < WARPS; w++) sum += squares[threadIdx.x][w];
-                norms[threadIdx.x] = 1.0f / sqrtf((float)sum / in + p.norm.eps);
-            }
+        if (p.norm.weight && first == begin && threadIdx.x < N) {
+            double sum = 0;
+            for (int w = 0; w < WARPS; w++) sum += squares[threadIdx.x][w];
+            norms[threadIdx.x] = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
         meet_multipliers();    // with two turns' sums the next turn does not wait for the readers of this one
         const int outs = n_tiles * tile_outs * N, part_of = threadIdx.x % LANES;

@@ -36,13 +36,12 @@ template <int STAGES> struct Ring {
 private:
     __device__ static void wait(uint32_t barrier, int round) {    // until that round is complete, of those from 0 on
         uint32_t done;
-        do asm volatile("{\n .reg .pred p;\n"
-#if __CUDA_ARCH__ >= 900
-                        " mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+        do
+#if __CUDA_ARCH__ >= 900    // sleeps until then, or for so many ns
+            asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2, 1000000;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(round & 1) : "memory");
 #else
-                        " mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+            asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(round & 1) : "memory");
 #endif
-                        " selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(round & 1) : "memory");
         while (!done);
     }
 };
