@@ -35,12 +35,13 @@ constexpr int TILE_BYTES = ROWS * STEP * 2;
 constexpr int MOST_CLUSTER = 4;
 constexpr int ENOUGH_TILES = 10;          // of a thread block
 constexpr int SUM_PITCH = TILES * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
+constexpr int AT_ONCE = 4;                // results of a thread
 constexpr int MOST_SHARED = 227 * 1024;   // bytes that a thread block takes, at most
 
 // Shared memory, where what begins.  x of two steps: [step][block of 32 inputs][8 rows][row][t], 8 numbers each.
 template <int GROUPS> struct Shared {     // GROUPS of 8 rows of x
     static constexpr int X_STEP = STEP / 32 * GROUPS * 32, SUMS = 2 * X_STEP * 16, SQUARES = SUMS + GROUPS * 8 * SUM_PITCH * 4;
-    static constexpr int SCALES = SQUARES + STEP / 32 * GROUPS * 8 * 8, RING = SCALES + GROUPS * 8 * 4;
+    static constexpr int ROW_SQUARES = SQUARES + STEP / 32 * GROUPS * 8 * 8, RING = ROW_SQUARES + GROUPS * 8 * 8;
 };
 
 // copy_weights by address; zeros if they are not wanted.
@@ -73,8 +74,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
     using S = Shared<GROUPS>;
     extern __shared__ __align__(128) uint8_t shared[];
     uint4 *const xs = (uint4 *)shared;
-    float *const sums = (float *)(shared + S::SUMS), *const scales = (float *)(shared + S::SCALES);
-    double *const squares = (double *)(shared + S::SQUARES);    // [row][block of 32 inputs]
+    float *const sums = (float *)(shared + S::SUMS);
+    double *const row_squares = (double *)(shared + S::ROW_SQUARES);
+    double *const squares = (double *)(shared + S::SQUARES);    // [row][block of 32 inputs]; row_squares: of all that the thread block has
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int rank = blockIdx.x % cluster, clusters = gridDim.x / cluster, tiles = p.tiles(ROWS), all_steps = (in + STEP - 1) / STEP;
     const int begin = (int)((int64_t)tiles * (blockIdx.x / cluster) / clusters), end = (int)((int64_t)tiles * (blockIdx.x / cluster + 1) / clusters);
@@ -136,6 +138,11 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
     // ---- products
     int stage = 0, buffer = 0;
     if (first_step < last_step) load_x(first_step);
+    else if (threadIdx.x < 8 * GROUPS) row_squares[threadIdx.x] = 0;
+    // Results: a thread has output `out` of row x_row, of every `apart`-th of the thread block's tiles from tile_lane on.
+    const int log_outs = p.gated ? 3 : 4, outs = 1 << log_outs, out = threadIdx.x & (outs - 1), x_row = threadIdx.x >> log_outs & (8 * GROUPS - 1);
+    const int tile_lane = (threadIdx.x >> log_outs) / (8 * GROUPS), apart = (32 * WARPS >> log_outs) / (8 * GROUPS);
+    float scale = 1;
 #pragma unroll 1
     for (int round = 0; round < rounds; round++) {
         const int from = round_at(round), n_tiles = round_at(round + 1) - from;
@@ -144,9 +151,20 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
         for (int step = first_step; step < last_step; step++) {
             uint4 *const x_here = xs + buffer * S::X_STEP;
             store_x(x_here, round == 0);
+            const bool squared = p.norm.weight && round == 0 && step + 1 == last_step;
+            if (squared && has_x) {
+                square += __shfl_xor_sync(~0u, square, 1);
+                square += __shfl_xor_sync(~0u, square, 2);
+                if (t == 0) squares[xn * (STEP / 32) + xb] = square;
+            }
             load_x(step + 1 < last_step ? step + 1 : first_step);
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
             __syncthreads();    // x and weights of this step are there, and nobody reads what is written next
+            if (squared && threadIdx.x < 8 * GROUPS) {
+                double sum = 0;
+                for (int b = 0; b < STEP / 32; b++) sum += squares[threadIdx.x * (STEP / 32) + b];
+                row_squares[threadIdx.x] = sum;
+            }
             const int free_stage = stage == 0 ? STAGES - 1 : stage - 1;
             const uint8_t *const row = shared + S::RING + stage * stage_bytes + mine + g * 256;
 #pragma unroll
@@ -164,35 +182,37 @@ __global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_
             end_load();
             stage = stage + 1 == STAGES ? 0 : stage + 1, buffer ^= 1;
         }
-        if (round == 0 && p.norm.weight && has_x) {
-            square += __shfl_xor_sync(~0u, square, 1);
-            square += __shfl_xor_sync(~0u, square, 2);
-            if (t == 0) squares[xn * (STEP / 32) + xb] = square;
-        }
         if (warp < n_tiles)
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) sums[(8 * j + 2 * t + c % 2) * SUM_PITCH + warp * ROWS + g + c / 2 * 8] = sum[j][c];
 
-        // ---- a cluster adds up: thread block `rank` tiles rank, rank + cluster ...
-        sync_cluster(cluster);
-        if (round == 0 && p.norm.weight) {
-            if (threadIdx.x < N) {
-                double total = 0;
-                for (int b = 0; b < STEP / 32; b++) total += sum_of_cluster(squares + threadIdx.x * (STEP / 32) + b, cluster);
-                scales[threadIdx.x] = 1.0f / sqrtf((float)total / in + p.norm.eps);
+        // ---- a cluster adds up: thread block `rank` tiles rank, rank + cluster ...; a thread a few at a time
+        float *to[AT_ONCE], old[AT_ONCE];
+        auto find_results = [&](int first) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const int tile = (first + j * apart) * cluster + rank;
+                const bool wanted = tile < n_tiles && x_row < N && ((from + tile) << log_outs) + out < p.outs();
+                to[j] = wanted ? p.result_of(p.row_of<ROWS>(from + tile, out), x_row) : nullptr;
+                old[j] = wanted && p.add ? *to[j] : 0.0f;
             }
-            __syncthreads();
-        }
-        const int outs = p.tile_outs(ROWS), own_tiles = (n_tiles - rank + cluster - 1) / cluster;
-        for (int i = threadIdx.x; i < own_tiles * outs * N; i += 32 * WARPS) {
-            const int r = i % outs, tile = i / outs % own_tiles * cluster + rank, n = i / outs / own_tiles;
-            if ((from + tile) * outs + r >= p.outs()) continue;
-            float *const at = sums + n * SUM_PITCH + tile * ROWS + r, *const result = p.result_of(p.row_of<ROWS>(from + tile, r), n);
-            const float old = p.add ? *result : 0.0f, scale = p.norm.weight ? scales[n] : 1.0f;
-            const float y = sum_of_cluster(at, cluster) * scale, up = p.gated ? sum_of_cluster(at + ROWS / 2, cluster) * scale : 0.0f;
-            *result = p.gated ? silu(y) * up : old + y;
+        };
+        find_results(tile_lane);
+        sync_cluster(cluster);
+        if (round == 0 && p.norm.weight) scale = 1.0f / sqrtf((float)sum_of_cluster(row_squares + x_row, cluster) / in + p.norm.eps);
+        for (int first = tile_lane; first * cluster + rank < n_tiles; first += AT_ONCE * apart) {
+            if (first > tile_lane) find_results(first);
+            float y[AT_ONCE], up[AT_ONCE];
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                float *const at = sums + x_row * SUM_PITCH + min((first + j * apart) * cluster + rank, n_tiles - 1) * ROWS + out;
+                y[j] = sum_of_cluster(at, cluster), up[j] = p.gated ? sum_of_cluster(at + ROWS / 2, cluster) : 0.0f;
+            }
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++)
+                if (to[j]) *to[j] = p.gated ? silu(y[j] * scale) * (up[j] * scale) : old[j] + y[j] * scale;
         }
         sync_cluster(cluster);    // sums are read
     }
