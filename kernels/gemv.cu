@@ -69,6 +69,8 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
     };
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) load(s);
+    // This thread's output: of row n, row r of tile `of` of a round.  Divisions take a while: here nobody waits for them.
+    const int round = ROUND_SUMS / (MMA_ROWS * N), n = threadIdx.x % N, r = threadIdx.x / N % tile_outs, of = threadIdx.x / N / tile_outs;
     wait_for_inputs();
 
     const float *xg = x + (int64_t)min(g, N - 1) * in;
@@ -81,11 +83,10 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
         }
     };
     load_x(0);
-    const int round = ROUND_SUMS / (MMA_ROWS * N);
-    int stage = 0;
+    int stage = 0, at = 0, half = 0;    // at: tile of the round
     double square = 0;
     float scale = 1;
-    for (int tile = begin; tile < end; tile++) {
+    for (int tile = begin; tile < end; tile++, at++) {
         float high_sum[4] = {}, low_sum[4] = {};
         for (int step = 0; step < steps; step++) {
             float4 gain[4];
@@ -126,14 +127,11 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
             if (t == 0) squares[warp][g] = (float)square;
         }
         // Warps meet once a round of tiles, so that loads go on meanwhile.
-        const int at = (tile - begin) % round;
-        float *part = parts[(tile - begin) / round % 2];
+        float *const part = parts[half];
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (2 * t + i % 2 < N) part[((at * MMA_WARPS + warp) * MMA_ROWS + g + i / 2 * 8) * N + 2 * t + i % 2] = fmaf(low_sum[i], 1.0f / 2048, high_sum[i]) * 16.0f;
         if (at + 1 < round && tile + 1 < end) continue;
-        // This thread's output: of row n, row r of tile `of` of the round.
-        const int n = threadIdx.x % N, r = threadIdx.x / N % tile_outs, of = threadIdx.x / N / tile_outs;
         const bool stores = of <= at && (tile - at + of) * tile_outs + r < p.outs();
         float *const to = p.result_of(p.row_of<MMA_ROWS>(tile - at + of, r), n);
         const float old = p.add && stores ? *to : 0.0f;    // asked for before the others are here
@@ -152,6 +150,7 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
             if (NORM) sum *= scale, up *= scale;
             *to = p.gated ? silu(sum) * up : old + sum;
         }
+        at = -1, half ^= 1;
     }
 }
 

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     if (warp == WARPS) {
         constexpr int EACH = ROWS / 4;
         const int piece = lane % 8 * 16;
-        int i = 0;
+        typename Ring<STAGES>::Place stage;
 #pragma unroll 1
         for (int first = begin; first < end; first += TILES)
 #pragma unroll 1
@@ -147,10 +147,10 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                         codes[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + piece, scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + piece;
                     }
 #pragma unroll 1
-                    for (int unit = first_unit; unit < last_unit; unit += WARPS, i++) {
-                        uint8_t *const to = stages + i % STAGES * STAGE_BYTES<T> + piece;
+                    for (int unit = first_unit; unit < last_unit; unit += WARPS, stage.advance()) {
+                        uint8_t *const to = stages + stage.slot * STAGE_BYTES<T> + piece;
                         const int units = min(WARPS, last_unit - unit);
-                        ring.begin_fill(i);
+                        ring.begin_fill(stage);
 #pragma unroll
                         for (int b = 0; b < STEP_BYTES; b += 128)
                             if (b + piece < units * 64)
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                         if (piece < units * SCALES<T>)
 #pragma unroll
                             for (int r = 0; r < EACH; r++) copy_weights(to + ROWS * CODE_PITCH + (lane / 8 + 4 * r) * SCALE_PITCH<T>, scales[r]);
-                        ring.end_fill(i);
+                        ring.end_fill(stage);
 #pragma unroll
                         for (int r = 0; r < EACH; r++) codes[r] += STEP_BYTES, scales[r] += SCALES<T> * WARPS;
                     }
@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
 
     // ---- products
     const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t, *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
-    int stage = 0, turn = 0;
+    int turn = 0;
+    typename Ring<STAGES>::Place stage;
     double square[R] = {};
     for (int first = begin; first < end; first += TILES, turn ^= 1) {
         const int n_tiles = min(TILES, end - first);
@@ -197,11 +198,11 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                 if (slab > 0)
                     for (int h = 0; h < PAIRS; h++) sum[h][0] = part[h * ROWS * SUMS], sum[h][1] = part[(h * ROWS + 8) * SUMS];
 #pragma unroll 1
-                for (int step = first_step; step < last_step; step++, stage++) {
+                for (int step = first_step; step < last_step; step++, stage.advance()) {
                     ring.begin_read(stage);
                     const int unit = step * WARPS + warp, group = unit * GROUPS - from / GROUP;
                     if (unit * UNIT<T> < in) {
-                        const int at = stage % STAGES * STAGE_BYTES<T>;
+                        const int at = stage.slot * STAGE_BYTES<T>;
                         const uint8_t *const row[2] = {code_lane + at, code_lane + at + 8 * CODE_PITCH};
                         const auto s_low = *(const Few<f16, GROUPS> *)(scale_lane + at), s_high = *(const Few<f16, GROUPS> *)(scale_lane + at + 8 * SCALE_PITCH<T>);
                         Few<float, GROUPS> x_unit[PAIRS];
@@ -240,9 +241,9 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
             norms[threadIdx.x] = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
         meet_multipliers();    // with two turns' sums the next turn does not wait for the readers of this one
-        const int outs = n_tiles * tile_outs * N, part_of = threadIdx.x % LANES;
-        for (int i = threadIdx.x / LANES; i < outs; i += 32 * WARPS / LANES) {
-            const int n = i % N, r = i / N % tile_outs, tile = i / N / tile_outs;
+        const int part_of = threadIdx.x % LANES, log_outs = p.gated ? 3 : 4;
+        for (int i = threadIdx.x / LANES; i < R * n_tiles << log_outs; i += 32 * WARPS / LANES) {
+            const int n = i % R, r = i / R & (tile_outs - 1), tile = i / R >> log_outs;
             auto total = [&](int r) {
                 float high = 0, low = 0;    // of high and middle bytes, of low ones
                 for (int w = part_of * (WARPS / LANES); w < (part_of + 1) * (WARPS / LANES); w++) {
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                 return p.norm.weight ? y * norms[n] : y;
             };
             const float y = total(r), up = p.gated ? total(r + ROWS / 2) : 0.0f;
-            if (part_of != 0 || (first + tile) * tile_outs + r >= p.outs()) continue;
+            if (part_of != 0 || n >= N || (first + tile) * tile_outs + r >= p.outs()) continue;
             float *const to = p.result_of(p.row_of<ROWS>(first + tile, r), n);
             *to = p.gated ? silu(y) * up : p.add ? *to + y : y;
         }
