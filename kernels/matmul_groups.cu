@@ -57,46 +57,59 @@ template <int R> struct XPlace {    // R rows
     static int64_t bytes(int64_t in) { return in / GROUP * (PAIRS * COLUMNS * 32 + (R == 1 ? 1 : 2 * PAIRS) * 4); }
 };
 
-// Rows of g x, inputs begin .. of place.groups groups, as integers.  Adds to `squares` those of the thread's part of x: whose they are
-// depends on nothing but the input.
+// Four lanes' inputs 4t ..., 16 + 4t ... of a group of row n, as integers.
+template <DType T, int R> __device__ inline void make_integers(uint8_t *xs, const XPlace<R> &place, const float4 (&v)[2], int t, int group, int n) {
+    const unsigned quad = 15u << threadIdx.x % 32 / 4 * 4;
+    unsigned top = 0;    // |g x| as bits, which are in its order; NaN is above all
+    for (const float4 &e : v) top = max(top, __float_as_uint(fmaxf(fmaxf(fabsf(e.x), fabsf(e.y)), fmaxf(fabsf(e.z), fabsf(e.w)))));
+    for (const float4 &e : v) top = max(top, __float_as_uint(fabsf(e.x + e.y + e.z + e.w)) > 0x7f800000u ? 0x7fffffffu : 0u);    // fmaxf leaves NaN out
+    top = max(top, __shfl_xor_sync(quad, top, 1));
+    top = max(top, __shfl_xor_sync(quad, top, 2));
+    const bool tiny = top < 27u << 23;    // below 2^-100: nothing
+    const float largest = __uint_as_float(top), inverse = tiny ? 0.0f : INTEGERS / largest;
+    uint32_t bytes[3][2];    // [high, middle, low][inputs 4t ..., 16 + 4t ...]
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float e[4] = {v[h].x, v[h].y, v[h].z, v[h].w};
+        uint32_t w[4];    // with 128 added to each byte, which are digits then
+#pragma unroll
+        for (int c = 0; c < 4; c++) w[c] = __float2int_rn(e[c] * inverse) + 0x808080;
+#pragma unroll
+        for (int b = 0; b < 3; b++) {
+            const int select = (2 - b) | (6 - b) << 4;
+            bytes[b][h] = __byte_perm(__byte_perm(w[0], w[1], select), __byte_perm(w[2], w[3], select), 0x5410) ^ 0x80808080;
+        }
+    }
+    uint8_t *const to = xs + place.column_at(group, n / 2, n % 2 * 4) + 8 * t;
+    for (int b = 0; b < 3; b++) *(uint2 *)(to + b * 32) = make_uint2(bytes[b][0], bytes[b][1]);
+    *(uint2 *)(to + 3 * 32) = make_uint2(0, 0);
+    // codes of q4 are 16 times what they are
+    if (t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
+}
+// Rows of g x, inputs begin .. of place.groups groups.  Adds to `squares` those of the thread's part of x: whose they are depends on
+// nothing but the input.
 template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
-    const unsigned quad = 15u << threadIdx.x % 32 / 4 * 4;    // lanes that share a group
+    const int quads = place.groups * 4, t = threadIdx.x % 4, first = begin + threadIdx.x / 4 * GROUP + 4 * t;
 #pragma unroll
-    for (int n = 0; n < R; n++)
-    for (int i = threadIdx.x; n < N && i < place.groups * 4; i += 32 * WARPS) {
-        const int t = i % 4, group = i / 4, k = begin + group * GROUP + 4 * t, column = n % 2 * 4;
-        float4 v[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) v[h] = *(const float4 *)(x + (int64_t)n * in + k + 16 * h);
-        if (gain) {
-            squares[n] += add_squares(v[1], add_squares(v[0], 0));
-#pragma unroll
-            for (int h = 0; h < 2; h++) v[h] = v[h] * __ldg((const float4 *)(gain + k + 16 * h));
-        }
-        unsigned top = 0;    // |g x| as bits, which are in its order; NaN is above all
-        for (const float4 &e : v) top = max(top, __float_as_uint(fmaxf(fmaxf(fabsf(e.x), fabsf(e.y)), fmaxf(fabsf(e.z), fabsf(e.w)))));
-        for (const float4 &e : v) top = max(top, __float_as_uint(fabsf(e.x + e.y + e.z + e.w)) > 0x7f800000u ? 0x7fffffffu : 0u);    // fmaxf leaves NaN out
-        top = max(top, __shfl_xor_sync(quad, top, 1));
-        top = max(top, __shfl_xor_sync(quad, top, 2));
-        const bool tiny = top < 27u << 23;    // below 2^-100: nothing
-        const float largest = __uint_as_float(top), inverse = tiny ? 0.0f : INTEGERS / largest;
-        uint32_t bytes[3][2];    // [high, middle, low][inputs 4t ..., 16 + 4t ...]
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const float e[4] = {v[h].x, v[h].y, v[h].z, v[h].w};
-            uint32_t w[4];    // with 128 added to each byte, which are digits then
-#pragma unroll
-            for (int c = 0; c < 4; c++) w[c] = __float2int_rn(e[c] * inverse) + 0x808080;
-#pragma unroll
-            for (int b = 0; b < 3; b++) {
-                const int select = (2 - b) | (6 - b) << 4;
-                bytes[b][h] = __byte_perm(__byte_perm(w[0], w[1], select), __byte_perm(w[2], w[3], select), 0x5410) ^ 0x80808080;
+    for (int n = 0; n < R; n++) {
+        if (n >= N) break;
+        float4 next[2];
+        auto load = [&](int i) {    // ahead: it takes longer than the rest
+            const float *const from = x + (int64_t)n * in + first + (i - (int)threadIdx.x) / 4 * GROUP;
+            if (i < quads) next[0] = *(const float4 *)from, next[1] = *(const float4 *)(from + 16);
+        };
+        load(threadIdx.x);
+#pragma unroll 1
+        for (int i = threadIdx.x; i < quads; i += 32 * WARPS) {
+            float4 v[2] = {next[0], next[1]};
+            load(i + 32 * WARPS);
+            if (gain) {
+                const float *const of = gain + first + (i - (int)threadIdx.x) / 4 * GROUP;
+                squares[n] += add_squares(v[1], add_squares(v[0], 0));
+                v[0] = v[0] * __ldg((const float4 *)of), v[1] = v[1] * __ldg((const float4 *)(of + 16));
             }
+            make_integers<T>(xs, place, v, t, i / 4, n);
         }
-        for (int b = 0; b < 3; b++) *(uint2 *)(xs + place.column_at(group, n / 2, column + b) + 8 * t) = make_uint2(bytes[b][0], bytes[b][1]);
-        *(uint2 *)(xs + place.column_at(group, n / 2, column + 3) + 8 * t) = make_uint2(0, 0);
-        // codes of q4 are 16 times what they are
-        if (t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
     }
 }
 
