@@ -8,18 +8,21 @@
    Math      Tensor cores, m16n8k32 of 8-bit integers: 16 rows of W times a group of x.  Codes are what they are; g x is a 24-bit integer
              of the group's largest |g x|, in three bytes: columns (high, middle, low, 0) of two rows of x.  Sums of a group are exact;
              the scale multiplies them in f32.  A column's sum knows nothing of the others: the same bits for any N and any neighbours.
-             q4 has codes from 0 to 15: the sum starts at -8 times that of x.
+             Codes of q4 become 16 (code - 8), bytes with a sign, by one or two instructions for four.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
-   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 282 tok/s (72% of the read
-             bandwidth), q4 406 (58%).  A step of a warp, 4 groups of q4, takes 130 instructions and as many to ask for the next; of 35
-             us of gate and up (ncu) loads alone take 30, products alone 26.
-             Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; no hints to L2: 385 and 261
-             for 397 and 274; a warp's x kept in registers: q4 286, it does not fit; one unit for a row of x, not for a group: no
-             faster, but coarse; rows found from those of the tile before: 402 for 406.
-   Layout    A warp takes 64 bytes of 16 rows at a time, 4 groups of q4 or 2 of q8, through a ring in shared memory that is filled
-             before the kernel that makes x is done.  Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs
-             4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of a group, of rows g and g + 8: for q4 the two halves of 4 bytes.
-   Limits    in a multiple of 128 (q4) or 64 (q8) for the fast kernel, of 32 for the other; widened q8: |w| < 65,520.
+   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 SPEED8 (SHARE8 of the read
+             bandwidth), q4 SPEED4 (SHARE4).  A warp takes 134 instructions for 4 groups of q4 (302 when it asked for its weights
+             itself); of gate and up (ncu, 36 us; 22 at the read bandwidth) two thirds are this loop, at 2.75 TB/s, the others the start,
+             x as integers, and adding up.
+             Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; a warp's x kept in registers: q4
+             286, it does not fit; one unit for a row of x, not for a group: no faster, but coarse.  Weights in bulk copies
+             (cp.async.bulk), a kilobyte of a row each: q4 297 tok/s for 395: the copies themselves take too long; copies by one warp that
+             finds each row's place by shuffles: 396 for 429; 7 stages for 6: no faster; x asked for one turn ahead: no faster.
+   Layout    A stage of the ring in shared memory (ring.cuh) has 1,024 bytes of the codes of 16 rows and their scales; a warp takes 64
+             bytes of each row, 4 groups of q4 or 2 of q8.  A warp of its own fills it, before the kernel that makes x is done.
+             Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs 4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of a group, of rows
+             g and g + 8: for q4 the two halves of 4 bytes.
+   Limits    in a multiple of 256 for the fast kernel, of 32 for the other; matrices aligned to 16 bytes; widened q8: |w| < 65,520.
    Tested by tests/test_cuda_groups.cpp                                                                        */
 #include "groups.h"
 
@@ -32,7 +35,7 @@ constexpr int WARPS = 16;            // that multiply; one more copies weights
 constexpr int ROWS = 16;             // outputs of a tile; gated: 8 of gate, 8 of up
 constexpr int STEP_BYTES = 1024;     // of a row's codes in a stage of the ring: 64 a warp
 constexpr int CODE_PITCH = STEP_BYTES + 16;          // from row to row: 8 of them meet all banks
-constexpr int MANY_STAGES = 6, FEW_STAGES = 4;       // of the ring, 18 KB each
+constexpr int MANY_STAGES = 6, FEW_STAGES = 4, LEAST_STAGES = 2;    // of the ring, 18 KB each: the last for devices with 99 KB
 constexpr int PART_BYTES = 32768;    // sums of tiles, of all warps: twice (8 rows: once)
 constexpr int LANES = 8;             // that add up an output
 constexpr float INTEGERS = 127 * 65536;    // the largest of x: its high byte fits
@@ -88,27 +91,20 @@ template <DType T, int R> __device__ inline void make_integers(uint8_t *xs, cons
 }
 // Rows of g x, inputs begin .. of place.groups groups.  Adds to `squares` those of the thread's part of x: whose they are depends on
 // nothing but the input.
-template <DType T, int R> __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
-    const int quads = place.groups * 4, t = threadIdx.x % 4, first = begin + threadIdx.x / 4 * GROUP + 4 * t;
+template <DType T, int R>
+__device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
 #pragma unroll
     for (int n = 0; n < R; n++) {
         if (n >= N) break;
-        float4 next[2];
-        auto load = [&](int i) {    // ahead: it takes longer than the rest
-            const float *const from = x + (int64_t)n * in + first + (i - (int)threadIdx.x) / 4 * GROUP;
-            if (i < quads) next[0] = *(const float4 *)from, next[1] = *(const float4 *)(from + 16);
-        };
-        load(threadIdx.x);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < quads; i += 32 * WARPS) {
-            float4 v[2] = {next[0], next[1]};
-            load(i + 32 * WARPS);
+        for (int i = threadIdx.x; i < place.groups * 4; i += 32 * WARPS) {
+            const int t = i % 4, group = i / 4, k = begin + group * GROUP + 4 * t;
+            const float *const from = x + (int64_t)n * in + k;
+            float4 v[2] = {*(const float4 *)from, *(const float4 *)(from + 16)};
             if (gain) {
-                const float *const of = gain + first + (i - (int)threadIdx.x) / 4 * GROUP;
                 squares[n] += add_squares(v[1], add_squares(v[0], 0));
-                v[0] = v[0] * __ldg((const float4 *)of), v[1] = v[1] * __ldg((const float4 *)(of + 16));
+                v[0] = v[0] * __ldg((const float4 *)(gain + k)), v[1] = v[1] * __ldg((const float4 *)(gain + k + 16));
             }
-            make_integers<T>(xs, place, v, t, i / 4, n);
+            make_integers<T>(xs, place, v, t, group, n);
         }
     }
 }
@@ -127,7 +123,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     __shared__ double squares[FEW_ROWS][WARPS];
     __shared__ float norms[FEW_ROWS];
     __shared__ uint64_t barriers[Ring<STAGES>::BYTES / 8];
-    static_assert(sizeof squares + sizeof norms + sizeof barriers <= BLOCK_BYTES, "");
+    static_assert(sizeof squares + sizeof norms + sizeof barriers <= BLOCK_BYTES, "more shared memory than is left");
     uint8_t *const stages = (uint8_t *)shared;
     float *const parts = (float *)(stages + STAGES * STAGE_BYTES<T>);                 // [tiles of this turn, of the last][warp][tile][pair][row of W][sum]
     uint8_t *const xs = stages + BESIDE_X<T, STAGES>;
@@ -157,7 +153,8 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                     for (int r = 0; r < EACH; r++) {
                         const Products::Row row = p.row_of<ROWS>(tile, lane / 8 + 4 * r);
                         const int64_t unit = (int64_t)row.o * (in / UNIT<T>) + first_unit;
-                        codes[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + piece, scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + piece;
+                        codes[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + piece;
+                        scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + piece;
                     }
 #pragma unroll 1
                     for (int unit = first_unit; unit < last_unit; unit += WARPS, stage.advance()) {
@@ -182,7 +179,8 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     wait_for_inputs();
 
     // ---- products
-    const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t, *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
+    const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t;
+    const uint8_t *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
     int turn = 0;
     typename Ring<STAGES>::Place stage;
     double square[R] = {};
@@ -217,7 +215,8 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                     if (unit * UNIT<T> < in) {
                         const int at = stage.slot * STAGE_BYTES<T>;
                         const uint8_t *const row[2] = {code_lane + at, code_lane + at + 8 * CODE_PITCH};
-                        const auto s_low = *(const Few<f16, GROUPS> *)(scale_lane + at), s_high = *(const Few<f16, GROUPS> *)(scale_lane + at + 8 * SCALE_PITCH<T>);
+                        const auto s_low = *(const Few<f16, GROUPS> *)(scale_lane + at);
+                        const auto s_high = *(const Few<f16, GROUPS> *)(scale_lane + at + 8 * SCALE_PITCH<T>);
                         Few<float, GROUPS> x_unit[PAIRS];
 #pragma unroll
                         for (int h = 0; h < PAIRS; h++) x_unit[h] = *(const Few<float, GROUPS> *)(unit_lane + (2 * h * place.groups + group) * 4);
@@ -306,10 +305,11 @@ template <DType T> __global__ void __launch_bounds__(128) gemv_groups_any_kernel
 }
 
 template <DType T, int R, int STAGES> static void launch_groups(const Products &p, const float *x, int N, int in, int slab_steps) {
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_groups_kernel<T, R, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared - BLOCK_BYTES);
+    auto kernel = gemv_groups_kernel<T, R, STAGES>;
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared - BLOCK_BYTES);
     CUDA_CHECK(allowed);
-    const int64_t inputs = std::min<int64_t>(in, (int64_t)slab_steps * STEP<T>);
-    launch(gemv_groups_kernel<T, R, STAGES>, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * (WARPS + 1), BESIDE_X<T, STAGES> + XPlace<R>::bytes(inputs), p, x, N, in, slab_steps);
+    const int64_t bytes = BESIDE_X<T, STAGES> + XPlace<R>::bytes(std::min<int64_t>(in, (int64_t)slab_steps * STEP<T>));
+    launch(kernel, dim3(std::min(sm_count, p.tiles(ROWS))), 32 * (WARPS + 1), bytes, p, x, N, in, slab_steps);
 }
 // False: N is too large, or not even a step's x fits.
 template <DType T, int R, int STAGES> static bool gemv_groups_by(const Products &p, const float *x, int N, int in) {
@@ -320,10 +320,13 @@ template <DType T, int R, int STAGES> static bool gemv_groups_by(const Products 
     return true;
 }
 template <DType T> static bool fits() { return most_shared - BLOCK_BYTES >= BESIDE_X<T, FEW_STAGES> + XPlace<FEW_ROWS>::bytes(STEP<T>); }
-bool gemv_groups_norms(DType type, int in) { return in % ALIGN == 0 && (type == DType::q4 ? fits<DType::q4>() : fits<DType::q8>()); }    // the fast kernel serves any number of rows
+// That the fast kernel serves any number of rows.
+bool gemv_groups_norms(DType type, int in) { return in % ALIGN == 0 && (type == DType::q4 ? fits<DType::q4>() : fits<DType::q8>()); }
 template <DType T> static void gemv_groups_of(const Products &p, const float *x, int N, int in) {
-    if (in % ALIGN == 0 && (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 2, FEW_STAGES>(p, x, N, in) ||
-                            gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in)))
+    if (in % ALIGN == 0 && (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) ||
+                            gemv_groups_by<T, 2, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) ||
+                            gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, LEAST_STAGES>(p, x, N, in) ||
+                            gemv_groups_by<T, 2, LEAST_STAGES>(p, x, N, in)))
         return;
     launch(gemv_groups_any_kernel<T>, dim3(ceil_div(p.outs(), 4)), 128, 0, p, x, N, in);
 }

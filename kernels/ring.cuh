@@ -44,9 +44,11 @@ private:
         uint32_t done;
         do
 #if __CUDA_ARCH__ >= 900    // sleeps until then, or for so many ns
-            asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2, 1000000;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(time & 1) : "memory");
+            asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2, 1000000;\n selp.u32 %0, 1, 0, p;\n}"
+                         : "=r"(done) : "r"(barrier), "r"(time & 1) : "memory");
 #else
-            asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(barrier), "r"(time & 1) : "memory");
+            asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+                         : "=r"(done) : "r"(barrier), "r"(time & 1) : "memory");
 #endif
         while (!done);
     }

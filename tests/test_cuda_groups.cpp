@@ -36,7 +36,7 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     double worst = 0;
-    // 64 and 128: what a warp takes at a time; 1,024 and 2,048: a step of 16 warps; 4,096 x 8: what shared memory holds of x
+    // 256: what the fast kernel takes a multiple of; 1,024 and 2,048: a stage; 4,352 x 8: more of x than shared memory holds
     for (DType type : GROUPED)
         for (int in : {32, 64, 96, 256, 768, 1024, 1088, 1280, 1920, 2048, 2304, 4096, 4352, 8448})
             for (int out : {1, 15, 16, 17, 33, 300})
