@@ -10,10 +10,10 @@
              the scale multiplies them in f32.  A column's sum knows nothing of the others: the same bits for any N and any neighbours.
              Codes of q4 become 16 (code - 8), bytes with a sign, by one or two instructions for four.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
-   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 SPEED8 (SHARE8 of the read
-             bandwidth), q4 SPEED4 (SHARE4).  A warp takes 134 instructions for 4 groups of q4 (302 when it asked for its weights
-             itself); of gate and up (ncu, 36 us; 22 at the read bandwidth) two thirds are this loop, at 2.75 TB/s, the others the start,
-             x as integers, and adding up.
+   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 300 tok/s (78% of the read
+             bandwidth), q4 443 (65%); 275 and 396 when every warp asked for its own weights, which took it 302 instructions for 4 groups
+             of q4, 134 now.  Gate and up in q4 take 36 us (ncu; 22 at the read bandwidth): two thirds are the loop, at 2.75 TB/s, the
+             others the start, x as integers, and adding up.
              Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; a warp's x kept in registers: q4
              286, it does not fit; one unit for a row of x, not for a group: no faster, but coarse.  Weights in bulk copies
              (cp.async.bulk), a kilobyte of a row each: q4 297 tok/s for 395: the copies themselves take too long; copies by one warp that

@@ -32,7 +32,7 @@ template <int STAGES> struct Ring {
         if (p.time > 0) wait(free(p.slot), p.time - 1);
     }
     __device__ void end_fill(Place p) const { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full(p.slot)) : "memory"); }
-    // A warp that reads.
+    // A warp that reads.  One lane arrives for all: what the others read comes before that, too, by __syncwarp.
     __device__ void begin_read(Place p) const { wait(full(p.slot), p.time); }
     __device__ void end_read(Place p) const {
         __syncwarp();
