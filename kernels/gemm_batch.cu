@@ -14,8 +14,8 @@
    Cost      Llama-3-8B, 32 rows, ncu: gate and up 91 us (77 at the read bandwidth), down 52 (38), qkv 29 (16), wo 23 (11); without
              products and x, weights alone, 88, 50, 28 and 21.  Clusters of 4 take 120 of an H100's 132 multiprocessors.
              In a step of 32 sequences (clocks read in the kernels), from one kernel's x to the next one's: gate and up 85 us, down 54, qkv
-             22, wo 24.  Of down: 2.8 until the first products, 38 at 2.7 TB/s, 5 until a cluster has added up, 3 to 6 more for clusters
-             whose multiprocessors the kernel before left last.
+             22, wo 24.  Of down: 2.8 until the first products, 38 at 2.7 TB/s, 5 until a cluster has added up, up to 7 more for
+             clusters whose multiprocessors the kernel before left last.
              Tried: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; 8 thread blocks a cluster: an H100
              has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124); thread blocks of
              half a multiprocessor (113 KB, 8 warps of two tiles, stages of 64 inputs, x a step of 128 ahead), so that the next kernel's

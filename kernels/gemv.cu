@@ -31,11 +31,11 @@ namespace cuda {
 // lead is kept to the end; the next kernel let loose only when all weights are asked for: 196 for 169 with an early start.
 // Tried: 4 and 6 stages: 156 and 160 us for 155 with 5; 4 without the hint of 256 bytes 163; 3 with it 164.
 // Tried: all products from one attention to the next in one launch, whose thread blocks meet at a counter in L2 and whose ring runs on:
-// Llama-3.2-1B 828 tok/s for 868, Llama-3-8B 172 for 175 (a meeting takes 1.4 us, the end of a kernel to the next one's x less than 1); the
-// same with the next 4, 8 or 12 stages asked for into L2: 817, 813, 795.
+// Llama-3.2-1B 828 tok/s for 864, Llama-3-8B 172 for 179 (a meeting takes 1.4 us, the end of a kernel to the next one's x less than 1); the
+// same with the next 4, 8 or 12 stages asked for into L2: 817, 813 and 795 for 831.
 // Tried: two thread blocks a multiprocessor (8 warps, or 16 with 64 registers and 3 stages), so that the next kernel's fills its ring beside
 // this one's: 730 and 713 for 867; some multiprocessors get two thread blocks of one kernel, and those come last.
-// Tried: weights by a warp of its own, in bulk copies: 869 for 868, Llama-3-8B 172 for 175.
+// Tried: weights by a warp of its own, in bulk copies: Llama-3.2-1B 869, Llama-3-8B 172 (862 and 178 in another call).
 // Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
 constexpr int MMA_ROWS = 16;                   // of weights in a tile
 constexpr int MMA_WARPS = 16;
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
             if (NORM) sum *= scale, up *= scale;
             *to = p.gated ? silu(sum) * up : old + sum;
         }
-        at = -1, half ^= 1;
+        at = -1, half ^= 1;    // the next tile is the first of a round
     }
 }
 

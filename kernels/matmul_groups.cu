@@ -12,8 +12,8 @@
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
    Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 300 tok/s (78% of the read
              bandwidth), q4 443 (65%); 275 and 396 when every warp asked for its own weights, which took it 302 instructions for 4 groups
-             of q4, 134 now.  Gate and up in q4 take 36 us (ncu; 22 at the read bandwidth): two thirds are the loop, at 2.75 TB/s, the
-             others the start, x as integers, and adding up.
+             of q4, 134 now.  Gate and up in q4 took 36 us (ncu, at 429 tok/s; 22 at the read bandwidth): two thirds were the loop, at
+             2.75 TB/s, the others the start, x as integers, and adding up.
              Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; a warp's x kept in registers: q4
              286, it does not fit; one unit for a row of x, not for a group: no faster, but coarse.  Weights in bulk copies
              (cp.async.bulk), a kilobyte of a row each: q4 297 tok/s for 395: the copies themselves take too long; copies by one warp that
