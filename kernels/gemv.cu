@@ -6,19 +6,32 @@
    matmul_groups.cu's.  Letters, and what add and gated do with y, are matmul.cu's.
 
    Math      f16, in a multiple of 8: tensor cores, x as a sum of two f16, sums in f32.  A product is linear, so s can wait: x is
-             multiplied by g on its way in, its squares are added up beside the first outputs, and finished sums are scaled.
+             multiplied by g on its way in, its squares are added up beside, and finished sums are scaled.
              Other types: f32 multiply-adds, a warp a few outputs.
    Order     Fixed by `in`: neither N, nor a row's place, nor the number of SMs enters a sum.
    Work      A thread block owns tiles of 16 outputs (gated: 8 of gate, 8 of up) and shares their inputs among its warps, which add up
-             in order at the end of a tile.  Weights go through a ring in shared memory, each lane its own.
+             in order at the end of a tile.  A warp of its own copies weights into a ring (ring.cuh); each of the others splits the x
+             of its inputs once and keeps it in shared memory.
    Memory    What the formula costs is 2 bytes a weight; what a launch costs beside is the time in which nobody has asked for
              weights.  So a thread block starts while the kernel before it is at work, fills its ring, and waits for x only then.
+   Cost      Batch 1, depth 0, tok/s: Llama-3.2-1B 1,010, Llama-3-8B 192, Llama-2-7B 216.  912, 180 and 200 when 16 warps copied for
+             themselves, five stages, and read and split x again for every tile; some 4% of the 1B came with attention_decode.cu.
+             Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
+             Tried: each warp its own copies, x in shared memory: 961 and 187; with two thread blocks of different kernels on a multiprocessor
+             (one takes more than half of the shared memory, the other of the registers, so that never two of one kernel meet), the next let
+             loose when all but one stage is asked for: 951 and 181.
+             Tried: stages on their way at any time, 1B: all 966, three 985, two 939, one 744; 8B: three at first 192, for good 189, four
+             for good 191.  Six stages in all for eight: 983 for 1,010.
+             Tried, with the kernel before this one: weights behind the ring prefetched to L2 (220 us a layer for 196); all products from one
+             attention to the next in one launch, whose thread blocks meet at a counter in L2 (828 tok/s for 864: a meeting takes 1.4 us, the
+             end of a kernel to the next one's x less than 1); two thread blocks of any kernel a multiprocessor (730 for 867: some
+             multiprocessors get two of one kernel, and those come last); bulk copies (869 for 862, 172 for 178).
    Limits    N <= 8; weights and rows of x aligned to 16 bytes where in is a multiple of 8; f16: |g x| < 2^20.
    Tested by tests/test_cuda_matmul.cpp                                                                                   */
 #ifdef __CUDACC__
 #include <algorithm>
-#include <cuda_pipeline.h>
 #include "gemv.cuh"
+#include "ring.cuh"
 namespace cuda {
 
 // ---- f16: tensor cores --------------------------------------------------------------------------------------
@@ -26,113 +39,138 @@ namespace cuda {
 // W[g + 8] at two pairs of inputs and x[g] at the same; which inputs is free as long as both agree.  So a lane takes 16 bytes
 // of two rows of W, inputs 8 t .. 8 t + 7 of a block of 32, and those of x[g]: two mma.  Nothing in a column's sum depends on the
 // others.
-// Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
-// Tried: weights behind the ring prefetched to L2 (17 MB, before the wait): 200 us a layer of Llama-3-8B for 196, and 220 if that
-// lead is kept to the end; the next kernel let loose only when all weights are asked for: 196 for 169 with an early start.
-// Tried: 4 and 6 stages: 156 and 160 us for 155 with 5; 4 without the hint of 256 bytes 163; 3 with it 164.
-// Tried: all products from one attention to the next in one launch, whose thread blocks meet at a counter in L2 and whose ring runs on:
-// Llama-3.2-1B 828 tok/s for 864, Llama-3-8B 172 for 179 (a meeting takes 1.4 us, the end of a kernel to the next one's x less than 1); the
-// same with the next 4, 8 or 12 stages asked for into L2: 817, 813 and 795 for 831.
-// Tried: two thread blocks a multiprocessor (8 warps, or 16 with 64 registers and 3 stages), so that the next kernel's fills its ring beside
-// this one's: 730 and 713 for 867; some multiprocessors get two thread blocks of one kernel, and those come last.
-// Tried: weights by a warp of its own, in bulk copies: Llama-3.2-1B 869, Llama-3-8B 172 (862 and 178 in another call).
-// Tried: the same with this ring, a warp an output: 2.95 TB/s for the largest matrix, 1.7 for w_down: x arrives too late.
-constexpr int MMA_ROWS = 16;                   // of weights in a tile
-constexpr int MMA_WARPS = 16;
-// Stages of the ring, of which all but one are on their way while one is in work: as many as are worth it, if they fit.
-constexpr int MOST_STAGES = 5, LEAST_STAGES = 2;
-constexpr int STAGE_INPUTS = 64;               // of a warp: 128 neighbouring bytes of 16 rows
-constexpr int PIECE_INPUTS = STAGE_INPUTS * MMA_WARPS;    // a piece: what the warps take at a time, 32 KB
-constexpr int ring_bytes(int stages) { return MMA_WARPS * stages * 32 * 64; }
-constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;    // that are added up at a time: a tile of 8 rows, or eight of one
+constexpr int MMA_ROWS = 16;                              // of weights in a tile
+constexpr int MMA_WARPS = 8;                              // that multiply; one more copies weights
+constexpr int WARP_INPUTS = 64;                           // a warp's of a row in a stage
+constexpr int STAGE_INPUTS = WARP_INPUTS * MMA_WARPS;     // ROW_BYTES of a row
+constexpr int STAGE_BYTES = MMA_ROWS * ROW_BYTES;         // 64 bytes of two rows lie in different banks
+constexpr int MANY_STAGES = 8, FEW_STAGES = 4, LEAST_STAGES = 2;    // of the ring: the first if x fits beside it, the last for devices with 99 KB
+constexpr int AT_FIRST = 3;                               // stages on their way before x is there
+constexpr int ROUND_SUMS = MMA_ROWS * FEW_ROWS;           // that are added up at a time: a tile of 8 rows, or eight of one
 static_assert(ROUND_SUMS <= 32 * MMA_WARPS, "a thread adds up one");
 
-template <bool NORM, int STAGES>
-__global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
-    extern __shared__ uint4 ring[];                              // [warp][stage][load][lane]
-    __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
-    __shared__ float squares[NORM ? MMA_WARPS : 1][FEW_ROWS];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + PIECE_INPUTS - 1) / PIECE_INPUTS;
-    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    uint4 *const mine = ring + warp * STAGES * 4 * 32 + lane;
-    const int first_input = warp * STAGE_INPUTS + 8 * t;
-
-    const f16 *w[2];
-    int load_tile = begin, load_step = 0;
-    auto load = [&](int stage) {    // the next stage of weights, if there is one
-        if (load_tile < end) {
-            if (load_step == 0)
-                for (int i = 0; i < 2; i++) w[i] = p.weights_of<f16>(p.row_of<MMA_ROWS>(load_tile, g + 8 * i), in);
+// A warp's part of a row of x in shared memory: 8 inputs are a chunk, 16 bytes of high halves and 16 of low ones (split_f16).
+struct Halves {
+    int chunks;    // 8 of a stage
+    HD int row() const { return 2 * chunks + 4; }    // from row to row, in 16 bytes: two rows' 64 bytes lie in different banks
+    HD static int64_t bytes(int steps, int N) { return (int64_t)MMA_WARPS * N * Halves{8 * steps}.row() * 16; }
+    static int steps_in(int64_t bytes, int N) { return std::max<int>(0, (int)(bytes / (MMA_WARPS * N * 16) - 4) / 16); }
+};
+// The warp's inputs of stages first_step .. last_step-1; R: rows, at most.  Adds to `squares` those of the lane's chunks: whose they are
+// depends on nothing but the input.
+template <int R>
+__device__ inline void fill_halves(uint4 *xs, Halves place, const float *x, const float *gain, int N, int in, int first_step, int last_step, double (&squares)[R]) {
+    constexpr int AT_ONCE = R == 1 ? 4 : 1;    // chunks whose loads are on their way together
+    const int lane = threadIdx.x % 32, first = 8 * first_step, last = 8 * last_step;
+    __syncwarp();    // all have read what was here
 #pragma unroll
-            for (int i = 0; i < 4; i++) {    // [block of 32 inputs][row g or g + 8]
-                const int k = load_step * PIECE_INPUTS + first_input + i / 2 * 32;
-                if (k < in) copy_weights(mine + (stage * 4 + i) * 32, w[i % 2] + k);
+    for (int n = 0; n < R; n++) {
+        if (n >= N) break;
+#pragma unroll 1
+        for (int c0 = first / 32 * 32 + lane; c0 < last; c0 += 32 * AT_ONCE) {
+            float4 v[AT_ONCE][2];
+            auto input = [&](int i) { return (c0 / 8 + 4 * i) * STAGE_INPUTS + threadIdx.x / 32 * WARP_INPUTS + c0 % 8 * 8; };
+            auto wanted = [&](int i) { return c0 + 32 * i >= first && c0 + 32 * i < last; };
+            auto inside = [&](int i) { return wanted(i) && input(i) < in; };
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const float4 *const from = (const float4 *)(x + (int64_t)n * in + input(i));
+                v[i][0] = v[i][1] = make_float4(0, 0, 0, 0);
+                if (inside(i)) v[i][0] = from[0], v[i][1] = from[1];
             }
-            if (++load_step == steps) load_step = 0, load_tile++;
-        }
-        __pipeline_commit();
-    };
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) load(s);
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (!wanted(i)) continue;
+                if (gain && inside(i)) {    // 8 squares in f32, the rest in f64: off by 2^-21 of the sum at worst, 2^-22 of s
+                    squares[n] += add_squares(v[i][1], add_squares(v[i][0], 0));
+                    const float4 *const g = (const float4 *)(gain + input(i));
+                    v[i][0] = v[i][0] * __ldg(g), v[i][1] = v[i][1] * __ldg(g + 1);
+                }
+                uint4 high, low;
+                split_f16(high.x, low.x, v[i][0].x, v[i][0].y), split_f16(high.y, low.y, v[i][0].z, v[i][0].w);
+                split_f16(high.z, low.z, v[i][1].x, v[i][1].y), split_f16(high.w, low.w, v[i][1].z, v[i][1].w);
+                uint4 *const to = xs + n * place.row() + c0 + 32 * i - first;
+                to[0] = high, to[place.chunks] = low;
+            }
+        }
+    }
+    __syncwarp();
+}
+
+template <int R, int STAGES>
+__global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int slab_steps) {
+    extern __shared__ __align__(128) uint4 shared[];             // ring, x of each warp
+    __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
+    __shared__ double squares[MMA_WARPS][FEW_ROWS];
+    __shared__ uint64_t barriers[Ring<STAGES, AT_FIRST>::BYTES / 8];
+    uint8_t *const stages = (uint8_t *)shared;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + STAGE_INPUTS - 1) / STAGE_INPUTS;
+    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
+    const Ring<STAGES, AT_FIRST> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
+    using Place = typename Ring<STAGES, AT_FIRST>::Place;
+    if (threadIdx.x == 0) ring.open(MMA_WARPS);
+    __syncthreads();
+
+    if (warp == MMA_WARPS) {    // weights
+        Place stage;
+#pragma unroll 1
+        for (int tile = begin; tile < end; tile++) {
+            RowCopies rows;
+#pragma unroll
+            for (int r = 0; r < RowCopies::EACH; r++) rows.next[r] = (const uint8_t *)p.weights_of<f16>(p.row_of<MMA_ROWS>(tile, rows.row(r)), in) + rows.piece();
+#pragma unroll 1
+            for (int step = 0; step < steps; step++, stage.advance()) {
+                ring.begin_fill(stage);
+                rows.copy<2>(stages + stage.slot * STAGE_BYTES, (in - step * STAGE_INPUTS) * 2);
+                ring.end_fill(stage);
+            }
+        }
+        return;
+    }
     // This thread's output: of row n, row r of tile `of` of a round.  Divisions take a while: here nobody waits for them.
     const int round = ROUND_SUMS / (MMA_ROWS * N), n = threadIdx.x % N, r = threadIdx.x / N % tile_outs, of = threadIdx.x / N / tile_outs;
+    const Halves place = {8 * slab_steps};
+    uint4 *const xs = shared + STAGES * STAGE_BYTES / 16 + warp * N * place.row();
+    const uint4 *const x_lane = xs + min(g, N - 1) * place.row() + t;
+    const int w_lane = place_in_stage<2>(g, warp * (WARP_INPUTS * 2) + t * 16);
+    ask_for_gain(p.norm, in, 32 * MMA_WARPS);
     wait_for_inputs();
 
-    const float *xg = x + (int64_t)min(g, N - 1) * in;
-    float4 xs[4];    // of the step in work, and then of the next
-    auto load_x = [&](int step) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int k = step * PIECE_INPUTS + first_input + i / 2 * 32;
-            xs[i] = g < N && k < in ? ((const float4 *)(xg + k))[i % 2] : make_float4(0, 0, 0, 0);
-        }
-    };
-    load_x(0);
-    int stage = 0, at = 0, half = 0;    // at: tile of the round
-    double square = 0;
+    Place stage;
+    int at = 0, half = 0;    // at: tile of the round
+    double square[R] = {};
     float scale = 1;
     for (int tile = begin; tile < end; tile++, at++) {
         float high_sum[4] = {}, low_sum[4] = {};
-        for (int step = 0; step < steps; step++) {
-            float4 gain[4];
-            if (NORM) {
+        for (int from = 0; from < steps; from += slab_steps) {
+            const int to = min(steps, from + slab_steps);
+            if (tile == begin || slab_steps < steps) fill_halves<R>(xs, place, x, p.norm.weight, N, in, from, to, square);
+#pragma unroll 1
+            for (int step = from; step < to; step++, stage.advance()) {
+                ring.begin_read(stage);
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int k = step * PIECE_INPUTS + first_input + i / 2 * 32;
-                    gain[i] = k < in ? __ldg((const float4 *)(p.norm.weight + k) + i % 2) : make_float4(0, 0, 0, 0);
+                for (int b = 0; b < 2; b++) {
+                    const bool inside = step * STAGE_INPUTS + warp * WARP_INPUTS + b * 32 + 8 * t < in;
+                    const uint8_t *const row = stages + stage.slot * STAGE_BYTES + (w_lane ^ b * 64);
+                    const uint4 zero = make_uint4(0, 0, 0, 0), r0 = inside ? *(const uint4 *)row : zero, r1 = inside ? *(const uint4 *)(row + 8 * ROW_BYTES) : zero;
+                    const uint4 *const chunk = x_lane + (step - from) * 8 + b * 4;
+                    const uint4 high = chunk[0], low = chunk[place.chunks];
+                    mma(high_sum, {r0.x, r1.x, r0.y, r1.y}, high.x, high.y);
+                    mma(low_sum, {r0.x, r1.x, r0.y, r1.y}, low.x, low.y);
+                    mma(high_sum, {r0.z, r1.z, r0.w, r1.w}, high.z, high.w);
+                    mma(low_sum, {r0.z, r1.z, r0.w, r1.w}, low.z, low.w);
                 }
+                ring.end_read(stage);
             }
-            load((stage + STAGES - 1) % STAGES);
-            // 16 squares in f32, the rest in f64: off by 2^-20 of the sum at worst, 2^-21 of s
-            if (NORM && tile == begin) square += add_squares(xs[3], add_squares(xs[2], add_squares(xs[1], add_squares(xs[0], 0))));
-            unsigned high[8], low[8];    // [block of 32 inputs][pair]
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float4 v = NORM ? gain[i] * xs[i] : xs[i];
-                split_f16(high[2 * i], low[2 * i], v.x, v.y), split_f16(high[2 * i + 1], low[2 * i + 1], v.z, v.w);
-            }
-            load_x(step + 1 < steps ? step + 1 : 0);
-            __pipeline_wait_prior(STAGES - 1);
-#pragma unroll
-            for (int b = 0; b < 2; b++) {
-                const bool inside = step * PIECE_INPUTS + first_input + b * 32 < in;
-                const uint4 zero = make_uint4(0, 0, 0, 0), r0 = inside ? mine[(stage * 4 + 2 * b) * 32] : zero, r1 = inside ? mine[(stage * 4 + 2 * b + 1) * 32] : zero;
-                const unsigned a[2][4] = {{r0.x, r1.x, r0.y, r1.y}, {r0.z, r1.z, r0.w, r1.w}};
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    mma(high_sum, a[i], high[4 * b + 2 * i], high[4 * b + 2 * i + 1]);
-                    mma(low_sum, a[i], low[4 * b + 2 * i], low[4 * b + 2 * i + 1]);
-                }
-            }
-            stage = (stage + 1) % STAGES;
         }
-        if (NORM && tile == begin) {
-            square += __shfl_xor_sync(~0u, square, 1);
-            square += __shfl_xor_sync(~0u, square, 2);
-            if (t == 0) squares[warp][g] = (float)square;
-        }
-        // Warps meet once a round of tiles, so that loads go on meanwhile.
+        if (p.norm.weight && tile == begin)
+#pragma unroll
+            for (int i = 0; i < R; i++) {
+                const double sum = warp_sum(square[i]);
+                if (lane == 0) squares[warp][i] = sum;
+            }
+        // Warps meet once a round of tiles.
         float *const part = parts[half];
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -141,8 +179,8 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
         const bool stores = of <= at && (tile - at + of) * tile_outs + r < p.outs();
         float *const to = p.result_of(p.row_of<MMA_ROWS>(tile - at + of, r), n);
         const float old = p.add && stores ? *to : 0.0f;    // asked for before the others are here
-        __syncthreads();    // the other half of parts keeps the next round from the readers of this one
-        if (NORM && tile - at == begin) {
+        meet_readers<MMA_WARPS>();    // the other half of parts keeps the next round from the readers of this one
+        if (p.norm.weight && tile - at == begin) {
             double sum = 0;
             for (int j = 0; j < MMA_WARPS; j++) sum += squares[j][n];
             scale = 1.0f / sqrtf((float)sum / in + p.norm.eps);
@@ -153,27 +191,32 @@ __global__ void __launch_bounds__(32 * MMA_WARPS) gemv_mma_kernel(const __grid_c
                 sum += part[((of * MMA_WARPS + j) * MMA_ROWS + r) * N + n];
                 if (p.gated) up += part[((of * MMA_WARPS + j) * MMA_ROWS + r + 8) * N + n];
             }
-            if (NORM) sum *= scale, up *= scale;
+            if (p.norm.weight) sum *= scale, up *= scale;
             *to = p.gated ? silu(sum) * up : old + sum;
         }
         at = -1, half ^= 1;    // the next tile is the first of a round
     }
 }
 
-template <bool NORM, int STAGES> static void gemv_mma(const Products &p, const float *x, int N, int in) {
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemv_mma_kernel<NORM, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes(STAGES));
-    // x and the norm's weights are read through L1: an SM that gave most of it to a kernel over codes takes it back.
-    // 80% of an H100's 228 KB is more than the ring and the sums, and less than all.
-    static const cudaError_t preferred = cudaFuncSetAttribute(gemv_mma_kernel<NORM, STAGES>, cudaFuncAttributePreferredSharedMemoryCarveout, 80);
+// False: not even a slab of x fits, or, if it has to, all of it.
+template <int R, int STAGES> static bool gemv_mma(const Products &p, const float *x, int N, int in, bool whole) {
+    constexpr int DECLARED = 2 * MMA_WARPS * ROUND_SUMS * (int)sizeof(float) + MMA_WARPS * FEW_ROWS * (int)sizeof(double) + Ring<STAGES, AT_FIRST>::BYTES;
+    constexpr int BESIDE = (DECLARED + 127) / 128 * 128;    // the kernel's other shared memory
+    const int steps = (int)ceil_div(in, STAGE_INPUTS);
+    const int64_t room = most_shared - BESIDE - STAGES * STAGE_BYTES;
+    const int slab_steps = std::min(steps, Halves::steps_in(room, N));
+    if (N > R || slab_steps < (whole ? steps : 1)) return false;
+    auto kernel = gemv_mma_kernel<R, STAGES>;
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared - BESIDE);
     CUDA_CHECK(allowed);
-    CUDA_CHECK(preferred);
-    launch(gemv_mma_kernel<NORM, STAGES>, dim3(std::min(sm_count, p.tiles(MMA_ROWS))), 32 * MMA_WARPS, ring_bytes(STAGES), p, x, N, in);
+    launch(kernel, dim3(std::min(sm_count, p.tiles(MMA_ROWS))), 32 * (MMA_WARPS + 1), STAGES * STAGE_BYTES + Halves::bytes(slab_steps, N), p, x, N, in, slab_steps);
+    return true;
 }
 static void gemv_mma(const Products &p, const float *x, int N, int in) {
-    constexpr int BESIDE = 2 * MMA_WARPS * ROUND_SUMS * (int)sizeof(float) + 1024;    // the kernel's other shared memory
-    if (most_shared >= ring_bytes(MOST_STAGES) + BESIDE)
-        return p.norm.weight ? gemv_mma<true, MOST_STAGES>(p, x, N, in) : gemv_mma<false, MOST_STAGES>(p, x, N, in);
-    p.norm.weight ? gemv_mma<true, LEAST_STAGES>(p, x, N, in) : gemv_mma<false, LEAST_STAGES>(p, x, N, in);
+    if (gemv_mma<1, MANY_STAGES>(p, x, N, in, true) || gemv_mma<FEW_ROWS, MANY_STAGES>(p, x, N, in, true) || gemv_mma<1, FEW_STAGES>(p, x, N, in, false) ||
+        gemv_mma<FEW_ROWS, FEW_STAGES>(p, x, N, in, false) || gemv_mma<FEW_ROWS, LEAST_STAGES>(p, x, N, in, false))
+        return;
+    fail("GPU: %d bytes of shared memory a thread block are too few", most_shared);
 }
 
 // ---- other types, and any in --------------------------------------------------------------------------------

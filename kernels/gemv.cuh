@@ -45,6 +45,10 @@ __device__ inline void split_f16(unsigned &high, unsigned &low, float x0, float 
 
 __device__ inline float4 operator*(float4 a, float4 b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
 __device__ inline float add_squares(float4 a, float sum) { return fmaf(a.w, a.w, fmaf(a.z, a.z, fmaf(a.y, a.y, fmaf(a.x, a.x, sum)))); }
+// The norm's weights come to L2 while x is awaited.  By so many threads.
+__device__ inline void ask_for_gain(Norm norm, int in, int threads) {
+    for (int k = threadIdx.x * 32; norm.weight && k < in; k += threads * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(norm.weight + k));
+}
 // 16 bytes to shared memory; of the 256 around them the rest comes to L2: it is the next lanes', warps' or steps'.
 __device__ inline void copy_weights(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");

@@ -10,19 +10,19 @@
              the scale multiplies them in f32.  A column's sum knows nothing of the others: the same bits for any N and any neighbours.
              Codes of q4 become 16 (code - 8), bytes with a sign, by one or two instructions for four.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
-   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 300 tok/s (78% of the read
-             bandwidth), q4 443 (65%); 275 and 396 when every warp asked for its own weights, which took it 302 instructions for 4 groups
-             of q4, 134 now.  Gate and up in q4 took 36 us (ncu, at 429 tok/s; 22 at the read bandwidth): two thirds were the loop, at
-             2.75 TB/s, the others the start, x as integers, and adding up.
+   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 314 tok/s (81% of the read
+             bandwidth), q4 467 (68%); 275 and 396 when every warp asked for its own weights, 302 and 442 with rows of a stage 16 bytes
+             more apart and all stages asked for at once (ring.cuh).
              Tried: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; a warp's x kept in registers: q4
              286, it does not fit; one unit for a row of x, not for a group: no faster, but coarse.  Weights in bulk copies
              (cp.async.bulk), a kilobyte of a row each: q4 297 tok/s for 395: the copies themselves take too long; copies by one warp that
-             finds each row's place by shuffles: 396 for 429; 7 stages for 6: no faster; x asked for one turn ahead: no faster.
-   Layout    A stage of the ring in shared memory (ring.cuh) has 1,024 bytes of the codes of 16 rows and their scales; a warp takes 64
+             finds each row's place by shuffles: 396 for 429; 7 stages for 6: no faster; x asked for one turn ahead, or four, each warp
+             its own: no faster.  Three stages at first instead of two: 459 for 467; scales in copies of 8 bytes: 431 for 446.
+   Layout    A stage of the ring in shared memory (ring.cuh) has ROW_BYTES of the codes of 16 rows and their scales; a warp takes 64
              bytes of each row, 4 groups of q4 or 2 of q8.  A warp of its own fills it, before the kernel that makes x is done.
              Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs 4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of a group, of rows
              g and g + 8: for q4 the two halves of 4 bytes.
-   Limits    in a multiple of 256 for the fast kernel, of 32 for the other; matrices aligned to 16 bytes; widened q8: |w| < 65,520.
+   Limits    in a multiple of 128 (q4) or 64 (q8) for the fast kernel, of 32 for the other; matrices aligned to 16 bytes; widened q8: |w| < 65,520.
    Tested by tests/test_cuda_groups.cpp                                                                        */
 #include "groups.h"
 
@@ -33,8 +33,8 @@ namespace cuda {
 
 constexpr int WARPS = 16;            // that multiply; one more copies weights
 constexpr int ROWS = 16;             // outputs of a tile; gated: 8 of gate, 8 of up
-constexpr int STEP_BYTES = 1024;     // of a row's codes in a stage of the ring: 64 a warp
-constexpr int CODE_PITCH = STEP_BYTES + 16;          // from row to row: 8 of them meet all banks
+constexpr int CODE_BYTES = ROWS * ROW_BYTES;         // of a stage: 64 of each row are a warp's, the same 16 of 4 rows lie in different banks
+constexpr int AT_FIRST = 2;          // stages on their way before x is there
 constexpr int MANY_STAGES = 6, FEW_STAGES = 4, LEAST_STAGES = 2;    // of the ring, 18 KB each: the last for devices with 99 KB
 constexpr int PART_BYTES = 32768;    // sums of tiles, of all warps: twice (8 rows: once)
 constexpr int LANES = 8;             // that add up an output
@@ -44,9 +44,12 @@ template <int R> constexpr int TILES = R == 1 ? 8 : R == 2 ? 4 : 2;    // that a
 template <DType T> constexpr int UNIT = T == DType::q4 ? 128 : 64;    // inputs in 64 bytes of codes, a warp's of a row in a stage
 template <DType T> constexpr int STEP = UNIT<T> * WARPS;              // inputs of a stage
 template <DType T> constexpr int SCALES = UNIT<T> / GROUP * 2;        // bytes of a unit's scales
-template <DType T> constexpr int SCALE_PITCH = SCALES<T> * WARPS + 16;
-template <DType T> constexpr int STAGE_BYTES = ROWS * (CODE_PITCH + SCALE_PITCH<T>);
-constexpr int ALIGN = 256;           // in: then a row's scales are whole copies of 16 bytes
+template <DType T> constexpr int STAGE_BYTES = CODE_BYTES + ROWS * WARPS * SCALES<T>;
+// Where a row's scales lie in a stage: those of a unit in different banks, 32 bytes together (ring.cuh).
+template <DType T> __device__ inline int place_of_scales(int row, int byte) {
+    const int at = row * (WARPS * SCALES<T>) + byte;
+    return CODE_BYTES + (at ^ at / 128 % 4 * 32);
+}
 template <DType T, int STAGES> constexpr int BESIDE_X = STAGES * STAGE_BYTES<T> + PART_BYTES;
 constexpr int BLOCK_BYTES = FEW_ROWS * (WARPS * 8 + 4) + 256;    // declared shared memory, at most
 
@@ -109,20 +112,23 @@ __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *
     }
 }
 
-__device__ inline void meet_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
+// A unit's scales, where they are at a multiple of their size only.
+template <int BYTES> __device__ inline void copy_scales(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+}
 // N neighbouring numbers, one load.
 template <class U, int N> struct alignas(N * sizeof(U)) Few { U of[N]; };
 
 // Up to R rows of x.
 template <DType T, int R, int STAGES>
 __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int slab_steps) {
-    extern __shared__ uint4 shared[];
+    extern __shared__ __align__(128) uint4 shared[];
     constexpr int GROUPS = UNIT<T> / GROUP, PAIRS = XPlace<R>::PAIRS, COLUMNS = XPlace<R>::COLUMNS;
     constexpr int TILES = cuda::TILES<R>, SUMS = COLUMNS / 2, PART = WARPS * TILES * PAIRS * ROWS * SUMS;    // SUMS: of a row of W and a pair of x
     static_assert(PART * (R == 8 ? 1 : 2) * (int)sizeof(float) == PART_BYTES, "sums have no place");
     __shared__ double squares[FEW_ROWS][WARPS];
     __shared__ float norms[FEW_ROWS];
-    __shared__ uint64_t barriers[Ring<STAGES>::BYTES / 8];
+    __shared__ uint64_t barriers[Ring<STAGES, AT_FIRST>::BYTES / 8];
     static_assert(sizeof squares + sizeof norms + sizeof barriers <= BLOCK_BYTES, "more shared memory than is left");
     uint8_t *const stages = (uint8_t *)shared;
     float *const parts = (float *)(stages + STAGES * STAGE_BYTES<T>);                 // [tiles of this turn, of the last][warp][tile][pair][row of W][sum]
@@ -131,58 +137,59 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     const int tile_outs = p.tile_outs(ROWS), tiles = p.tiles(ROWS);
     const int steps = (in + STEP<T> - 1) / STEP<T>, slabs = (steps + slab_steps - 1) / slab_steps;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    const Ring<STAGES> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
+    const Ring<STAGES, AT_FIRST> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
+    using Place = typename Ring<STAGES, AT_FIRST>::Place;
     if (threadIdx.x == 0) ring.open(WARPS);
     __syncthreads();
 
-    // ---- weights: `TILES` tiles at a time, slab by slab.  Eight lanes copy 128 neighbouring bytes of a row, a lane those of rows lane / 8,
-    // 4 further ...
+    // ---- weights: `TILES` tiles at a time, slab by slab
     if (warp == WARPS) {
-        constexpr int EACH = ROWS / 4;
-        const int piece = lane % 8 * 16;
-        typename Ring<STAGES>::Place stage;
+        const bool wide = in % (16 / SCALES<T> * UNIT<T>) == 0;    // a row's scales begin at a multiple of 16 bytes
+        const int scale_piece = lane % 8 * (wide ? 16 : SCALES<T>);
+        Place stage;
 #pragma unroll 1
         for (int first = begin; first < end; first += TILES)
 #pragma unroll 1
             for (int slab = 0; slab < slabs; slab++)
 #pragma unroll 1
                 for (int tile = first; tile < min(first + TILES, end); tile++) {
-                    const uint8_t *codes[EACH], *scales[EACH];
+                    RowCopies codes;
+                    const uint8_t *scales[RowCopies::EACH];
                     const int first_unit = slab * slab_steps * WARPS, last_unit = min(in / UNIT<T>, first_unit + slab_steps * WARPS);
 #pragma unroll
-                    for (int r = 0; r < EACH; r++) {
-                        const Products::Row row = p.row_of<ROWS>(tile, lane / 8 + 4 * r);
+                    for (int r = 0; r < RowCopies::EACH; r++) {
+                        const Products::Row row = p.row_of<ROWS>(tile, codes.row(r));
                         const int64_t unit = (int64_t)row.o * (in / UNIT<T>) + first_unit;
-                        codes[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + piece;
-                        scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + piece;
+                        codes.next[r] = (const uint8_t *)p.W[row.m].data + unit * 64 + codes.piece();
+                        scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + scale_piece;
                     }
 #pragma unroll 1
                     for (int unit = first_unit; unit < last_unit; unit += WARPS, stage.advance()) {
-                        uint8_t *const to = stages + stage.slot * STAGE_BYTES<T> + piece;
+                        uint8_t *const to = stages + stage.slot * STAGE_BYTES<T>;
                         const int units = min(WARPS, last_unit - unit);
                         ring.begin_fill(stage);
+                        codes.copy<4>(to, units * 64);
+                        if (wide && scale_piece < units * SCALES<T>)
 #pragma unroll
-                        for (int b = 0; b < STEP_BYTES; b += 128)
-                            if (b + piece < units * 64)
-#pragma unroll
-                                for (int r = 0; r < EACH; r++) copy_weights(to + (lane / 8 + 4 * r) * CODE_PITCH + b, codes[r] + b);
-                        if (piece < units * SCALES<T>)
-#pragma unroll
-                            for (int r = 0; r < EACH; r++) copy_weights(to + ROWS * CODE_PITCH + (lane / 8 + 4 * r) * SCALE_PITCH<T>, scales[r]);
+                            for (int r = 0; r < RowCopies::EACH; r++) copy_weights(to + place_of_scales<T>(codes.row(r), scale_piece), scales[r]);
+                        for (int b = 0; !wide && lane % 8 + b < units; b += 8)
+                            for (int r = 0; r < RowCopies::EACH; r++)
+                                copy_scales<SCALES<T>>(to + place_of_scales<T>(codes.row(r), scale_piece + b * SCALES<T>), scales[r] + b * SCALES<T>);
                         ring.end_fill(stage);
 #pragma unroll
-                        for (int r = 0; r < EACH; r++) codes[r] += STEP_BYTES, scales[r] += SCALES<T> * WARPS;
+                        for (int r = 0; r < RowCopies::EACH; r++) scales[r] += SCALES<T> * WARPS;
                     }
                 }
         return;
     }
+    ask_for_gain(p.norm, in, 32 * WARPS);
     wait_for_inputs();
 
     // ---- products
-    const uint8_t *const code_lane = stages + g * CODE_PITCH + warp * 64 + 4 * t;
-    const uint8_t *const scale_lane = stages + ROWS * CODE_PITCH + g * SCALE_PITCH<T> + warp * SCALES<T>;
+    const int code_lane = place_in_stage<4>(g, warp * 64 + 4 * t);    // of the unit's first 16 bytes
+    const int scale_low = place_of_scales<T>(g, warp * SCALES<T>), scale_high = place_of_scales<T>(g + 8, warp * SCALES<T>);
     int turn = 0;
-    typename Ring<STAGES>::Place stage;
+    Place stage;
     double square[R] = {};
     for (int first = begin; first < end; first += TILES, turn ^= 1) {
         const int n_tiles = min(TILES, end - first);
@@ -191,7 +198,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
             const int first_step = slab * slab_steps, last_step = min(steps, first_step + slab_steps), from = first_step * STEP<T>;
             const XPlace<R> place = {(min(in, last_step * STEP<T>) - from) / GROUP};
             if (slabs > 1 || first == begin) {
-                if (slab > 0 || first > begin) meet_multipliers();
+                if (slab > 0 || first > begin) meet_readers<WARPS>();
                 fill_x<T, R>(xs, place, x, p.norm.weight, N, in, from, square);
                 if (p.norm.weight && first == begin && slab + 1 == slabs)
 #pragma unroll
@@ -199,7 +206,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                         const double sum = warp_sum(square[n]);
                         if (lane == 0) squares[n][warp] = sum;
                     }
-                meet_multipliers();
+                meet_readers<WARPS>();
             }
             const uint8_t *const x_lane = xs + place.column_at(0, 0, g % COLUMNS) + 8 * t, *const unit_lane = xs + place.unit_at(0, R == 1 ? 0 : t / 2);
 #pragma unroll 1
@@ -213,10 +220,9 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                     ring.begin_read(stage);
                     const int unit = step * WARPS + warp, group = unit * GROUPS - from / GROUP;
                     if (unit * UNIT<T> < in) {
-                        const int at = stage.slot * STAGE_BYTES<T>;
-                        const uint8_t *const row[2] = {code_lane + at, code_lane + at + 8 * CODE_PITCH};
-                        const auto s_low = *(const Few<f16, GROUPS> *)(scale_lane + at);
-                        const auto s_high = *(const Few<f16, GROUPS> *)(scale_lane + at + 8 * SCALE_PITCH<T>);
+                        const uint8_t *const here = stages + stage.slot * STAGE_BYTES<T>;
+                        const auto s_low = *(const Few<f16, GROUPS> *)(here + scale_low), s_high = *(const Few<f16, GROUPS> *)(here + scale_high);
+                        auto codes_of = [&](int i, int piece) { return *(const unsigned *)(here + (code_lane ^ piece * 16) + i * 8 * ROW_BYTES); };    // of row g + 8 i
                         Few<float, GROUPS> x_unit[PAIRS];
 #pragma unroll
                         for (int h = 0; h < PAIRS; h++) x_unit[h] = *(const Few<float, GROUPS> *)(unit_lane + (2 * h * place.groups + group) * 4);
@@ -226,9 +232,9 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
 #pragma unroll
                             for (int i = 0; i < 2; i++) {
                                 if constexpr (T == DType::q4) {    // 16 (code - 8), as bytes with a sign
-                                    const unsigned codes = *(const unsigned *)(row[i] + j * 16);
+                                    const unsigned codes = codes_of(i, j);
                                     a[i] = (codes << 4 & 0xf0f0f0f0) ^ 0x80808080, a[2 + i] = (codes & 0xf0f0f0f0) ^ 0x80808080;
-                                } else a[i] = *(const unsigned *)(row[i] + 2 * j * 16), a[2 + i] = *(const unsigned *)(row[i] + (2 * j + 1) * 16);
+                                } else a[i] = codes_of(i, 2 * j), a[2 + i] = codes_of(i, 2 * j + 1);
                             }
                             const float s0 = to_f32(s_low.of[j]), s1 = to_f32(s_high.of[j]);
 #pragma unroll
@@ -252,7 +258,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
             for (int w = 0; w < WARPS; w++) sum += squares[threadIdx.x][w];
             norms[threadIdx.x] = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
-        meet_multipliers();    // with two turns' sums the next turn does not wait for the readers of this one
+        meet_readers<WARPS>();    // with two turns' sums the next turn does not wait for the readers of this one
         const int part_of = threadIdx.x % LANES, log_outs = p.gated ? 3 : 4;
         for (int i = threadIdx.x / LANES; i < R * n_tiles << log_outs; i += 32 * WARPS / LANES) {
             const int n = i % R, r = i / R & (tile_outs - 1), tile = i / R >> log_outs;
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
             float *const to = p.result_of(p.row_of<ROWS>(first + tile, r), n);
             *to = p.gated ? silu(y) * up : p.add ? *to + y : y;
         }
-        if (R == 8) meet_multipliers();
+        if (R == 8) meet_readers<WARPS>();
     }
 }
 
@@ -319,15 +325,21 @@ template <DType T, int R, int STAGES> static bool gemv_groups_by(const Products 
     launch_groups<T, R, STAGES>(p, x, N, in, slab_steps);
     return true;
 }
-template <DType T> static bool fits() { return most_shared - BLOCK_BYTES >= BESIDE_X<T, FEW_STAGES> + XPlace<FEW_ROWS>::bytes(STEP<T>); }
-// That the fast kernel serves any number of rows.
-bool gemv_groups_norms(DType type, int in) { return in % ALIGN == 0 && (type == DType::q4 ? fits<DType::q4>() : fits<DType::q8>()); }
-template <DType T> static void gemv_groups_of(const Products &p, const float *x, int N, int in) {
-    if (in % ALIGN == 0 && (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) ||
-                            gemv_groups_by<T, 2, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) ||
-                            gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, LEAST_STAGES>(p, x, N, in) ||
-                            gemv_groups_by<T, 2, LEAST_STAGES>(p, x, N, in)))
+// The fast kernel, by halves of the rows where not all fit: their bits are the same.
+template <DType T> static void gemv_groups_fast(const Products &p, const float *x, int N, int in) {
+    if (gemv_groups_by<T, 1, MANY_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 2, FEW_STAGES>(p, x, N, in) ||
+        gemv_groups_by<T, 4, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 8, FEW_STAGES>(p, x, N, in) || gemv_groups_by<T, 1, LEAST_STAGES>(p, x, N, in))
         return;
+    const int half = (N + 1) / 2;
+    Products others = p;
+    for (int i = 0; i < MAX_PRODUCTS; i++) others.y[i] += (int64_t)half * p.out[i];
+    gemv_groups_fast<T>(p, x, half, in);
+    if (N > 1) gemv_groups_fast<T>(others, x + (int64_t)half * in, N - half, in);
+}
+template <DType T> static bool fast(int in) { return in % UNIT<T> == 0 && most_shared - BLOCK_BYTES >= BESIDE_X<T, LEAST_STAGES> + XPlace<1>::bytes(STEP<T>); }
+bool gemv_groups_norms(DType type, int in) { return type == DType::q4 ? fast<DType::q4>(in) : fast<DType::q8>(in); }
+template <DType T> static void gemv_groups_of(const Products &p, const float *x, int N, int in) {
+    if (fast<T>(in)) return gemv_groups_fast<T>(p, x, N, in);
     launch(gemv_groups_any_kernel<T>, dim3(ceil_div(p.outs(), 4)), 128, 0, p, x, N, in);
 }
 void gemv_groups(const Products &p, const float *x, int N, int in) {
