@@ -9,12 +9,12 @@
    Work      The cache of a row and kv head is divided into parts; a part is a thread block's, and a team's of its warps in
              decode_codes (codes_shares).  A part leaves a triple (m, l, o), the last to arrive merges them in order.
              f16: units are 8 tokens; 8 warps take turns.  The keys of a warp's next tokens are on their way while it adds up the
-             values of these.
+             values of these.  Its first keys, values and angles are there before q is.
              Tried: a kernel of its own that turns and rounds queries (16.1 us for 13.8: 32 heads, 4,096 tokens); wo prefetched to L2 beside
-             it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179; the first fp16 rows
-             prefetched to L1 (28.3 and 20.8 us for 27.8 and 20.7); its first rows and angles prefetched to L2 before the wait (Llama-3-8B in
-             f16 178.1 tok/s for 177.5, in nsn2b 176.1 for 175.3; with norms of the products), or a rehearsal with any numbers meanwhile,
-             so that instructions are near, too (178.2, Llama-2-7B 197.8 for 198.4): the next product's weights arrive in that time anyway.
+             it (33 MB, cp.async.bulk.prefetch): Llama-3-8B at depth 0 decodes 175 tok/s in f16 for 179; 28 or 44 KB more of shared memory,
+             so that few thread blocks spread over the multiprocessors: Llama-3.2-1B 994 for 1,008.
+             The next kernel may start before this one has what it waits for: 961 tok/s for 926 (f16; not with codes and more than
+             FEW_ROWS rows: 32 sequences at 4,096 tokens 4,153 for 4,178).
    Order     Of a row: a function of its length and of the cache's shape; for more than FEW_ROWS rows also of the number of rows,
              because so many fill the GPU with longer parts.  Steps with more rows a slot add up in other orders.
    Limits    d 64 or 128; K and V both f16 or both NSN; no --ablate.  Everything else is attention_any.cu's.
@@ -26,13 +26,20 @@ namespace cuda {
 
 // ---- f16 ----------------------------------------------------------------------------------------------------
 constexpr int F16_WARPS = 8, F16_TEAMS = 2 * GPU_SMS;    // thread blocks at work at once
+// A warp's in shared memory: angles of its tokens of a block, then what it adds up to.
+template <int D, int Q> union F16Warp {
+    float angles[GROUP][D];
+    WarpResult<D, Q> result;
+};
 template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) decode_f16_kernel(DecodeArgs a) {
     constexpr int PAIRS = D / 64;
-    __shared__ WarpResult<D, Q> results[F16_WARPS];
+    static_assert(F16_WARPS == GROUPS, "a warp's tokens are the same ones of each block");
+    __shared__ F16Warp<D, Q> warps[F16_WARPS];
     __shared__ float scaled[Q][D];
     __shared__ f16 own_rows_here[2 * D];
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.reach;
+    let_next_start();
     bool waited = false;
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
@@ -41,40 +48,53 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
+        int g = begin + warp;
+        const int t0 = g % GROUPS * GROUP;
+        // What earlier steps wrote, and angles, before the kernel that makes q is done.
+        ExactTokens<D, Q> tokens;
+        auto own_of = [&](int g) { return pos - g / GROUPS * KV_BLOCK; };
+        auto rows_of = [&](bool key, int g) -> const f16 * {
+            const int i = g / GROUPS;
+            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_sealed : kv.v_sealed) + (kv.sealed_at(a.layer, slot, h, i) * KV_BLOCK + t0) * D;
+            return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, g * GROUP);
+        };
+        auto load_keys = [&](int g) {
+            tokens.load_base(kv.rope.base + (int64_t)(g / GROUPS) * D);
+            tokens.load_earlier_keys(rows_of(true, g), t0, own_of(g));
+        };
+        auto load_values = [&](int g) { tokens.load_earlier_values(rows_of(false, g), t0, own_of(g)); };
+        if (g < end) {
+            load_keys(g), load_values(g);
+            for (int i = 4 * lane; i < GROUP * D; i += 128) *(float4 *)(&warps[warp].angles[0][0] + i) = *(const float4 *)(kv.rope.step + t0 * D + i);
+        }
+        const QueryAngles<D> angles(a, pos);
         if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
         const bool mine = end == units && (end - 1 - begin) % F16_WARPS == warp;
         const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, mine, own_rows_here);
         // in shared memory in any case: pointers to one or the other would take registers that the loop has not got
         for (int c = lane; mine && !a.fresh() && c < D; c += 32) own_rows_here[c] = own_rows.k[c], own_rows_here[D + c] = own_rows.v[c];
-        __syncwarp();
-        ExactTokens<D, Q> tokens;
-        auto rows_of = [&](bool key, int g) -> const f16 * {
-            const int i = g / GROUPS;
-            if (i >= kv.sink && i < coded_end) return (const f16 *)(key ? kv.k_sealed : kv.v_sealed) + (kv.sealed_at(a.layer, slot, h, i) * KV_BLOCK + g % GROUPS * GROUP) * D;
-            return (key ? kv.k_exact : kv.v_exact) + kv.exact_at(a.layer, slot, h, g * GROUP);
-        };
-        auto load_keys = [&](int g) { tokens.load_keys(rows_of(true, g), own_rows_here, g % GROUPS * GROUP, pos - g / GROUPS * KV_BLOCK); };
-        int g = begin + warp;
-        if (g < end) load_keys(g);
         for (int q = warp; q < Q; q += F16_WARPS) {
             float x[D / 32] = {};
-            if (q < n_queries) load_query<D>(x, a, first + q, pos);
+            if (q < n_queries) load_query<D>(x, a, first + q, angles);
             for (int p = 0; p < PAIRS; p++) scaled[q][PAIRS * lane + p] = x[p], scaled[q][D / 2 + PAIRS * lane + p] = x[PAIRS + p];
         }
         __syncthreads();
-        for (; g < end; g += F16_WARPS) {
-            const int i = g / GROUPS, t0 = g % GROUPS * GROUP, own = pos - i * KV_BLOCK;
-            tokens.load_values(rows_of(false, g), own_rows_here + D, t0, own);
-            tokens.turn_queries([&](int q, int p) { return scaled[q][(p < PAIRS ? p : D / 2 - PAIRS + p) + PAIRS * lane]; }, kv.rope.base + (int64_t)i * D);
-            const float score = tokens.scores(kv.rope.step, t0, own);
-            if (g + F16_WARPS < end) load_keys(g + F16_WARPS);
+        while (g < end) {
+            const int own = own_of(g);
+            if (mine) tokens.load_own(own_rows_here, own_rows_here + D, t0, own);
+            tokens.turn_queries([&](int q, int p) { return scaled[q][(p < PAIRS ? p : D / 2 - PAIRS + p) + PAIRS * lane]; });
+            const float score = tokens.scores(warps[warp].angles[0], t0, own);
+            g += F16_WARPS;
+            if (g < end) load_keys(g);
             tokens.add_values(score);
+            if (g < end) load_values(g);
         }
         float m[Q], l[Q];
         tokens.totals(m, l);
-        results[warp].put(m, l, tokens.o);
+        __syncwarp();    // all have read the angles
+        warps[warp].result.put(m, l, tokens.o);
         __syncthreads();
-        merge_warps<D, Q>(a, first, n_queries, part, parts, warp, F16_WARPS, [&](int w) -> const WarpResult<D, Q> & { return results[w]; });
+        merge_warps<D, Q>(a, first, n_queries, part, parts, warp, F16_WARPS, [&](int w) -> const WarpResult<D, Q> & { return warps[w].result; });
         __syncthreads();
     }
 }

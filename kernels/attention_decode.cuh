@@ -56,17 +56,28 @@ template <int N> __device__ inline Floats<N> load_l2(const float *p) {    // wha
     return f;
 }
 
-// A row's query, after RoPE, times log2(e) / sqrt(d): pairs p of a lane are channels D/64 lane + p and D/2 further.
-template <int D> __device__ inline void load_query(float (&x)[D / 32], const DecodeArgs &a, int64_t query, int pos) {
+// Cosines and sines of a position, times log2(e) / sqrt(d); without the angle where q is turned already.
+template <int D> struct QueryAngles {
+    static constexpr int PAIRS = D / 64;
+    float c[PAIRS], s[PAIRS];
+    __device__ QueryAngles(const DecodeArgs &a, int pos) {
+        const float scale = 1.4426950408889634f * rsqrtf((float)D);
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            c[p] = 1, s[p] = 0;
+            if (a.fresh()) rope_angle(c[p], s[p], a.kv.rope, pos, PAIRS * (threadIdx.x % 32) + p, D);
+            c[p] *= scale, s[p] *= scale;
+        }
+    }
+};
+// A row's query after that: pairs p of a lane are channels D/64 lane + p and D/2 further.
+template <int D> __device__ inline void load_query(float (&x)[D / 32], const DecodeArgs &a, int64_t query, const QueryAngles<D> &angles) {
     constexpr int PAIRS = D / 64;
-    const int j = PAIRS * (threadIdx.x % 32);
-    const float *q = a.q + query * D + j, scale = 1.4426950408889634f * rsqrtf((float)D);
+    const float *q = a.q + query * D + PAIRS * (threadIdx.x % 32);
 #pragma unroll
     for (int p = 0; p < PAIRS; p++) {
         const float lo = q[p], hi = q[D / 2 + p];
-        float c = 1, s = 0;
-        if (a.fresh()) rope_angle(c, s, a.kv.rope, pos, j + p, D);
-        x[p] = (lo * c - hi * s) * scale, x[PAIRS + p] = (lo * s + hi * c) * scale;
+        x[p] = lo * angles.c[p] - hi * angles.s[p], x[PAIRS + p] = lo * angles.s[p] + hi * angles.c[p];
     }
 }
 // The row's own key and value rounded; in attend who reads them (`mine`) puts them into the ring too, and into `here`.  By a warp.
@@ -110,17 +121,21 @@ template <int D, int Q> struct ExactTokens {
     Halves<PAIRS> k_lo[GROUP], k_hi[GROUP];
     Halves<C> v[GROUP];
 
-    // scaled(i, p): query i as load_query has it, turned back by the angle of a block.
-    template <class Scaled> __device__ void turn_queries(Scaled scaled, const float *base) {
+    Floats<PAIRS> base_c, base_s;  // angles of a block
+
+    __device__ void load_base(const float *base) {
         const int j = PAIRS * (threadIdx.x % 32);
-        for (int p = 0; p < PAIRS; p++) {
-            const float c = base[j + p], s = base[D / 2 + j + p];
+        base_c = *(const Floats<PAIRS> *)(base + j), base_s = *(const Floats<PAIRS> *)(base + D / 2 + j);
+    }
+    // scaled(i, p): query i as load_query has it, turned back by the angle of a block.
+    template <class Scaled> __device__ void turn_queries(Scaled scaled) {
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++)
 #pragma unroll
             for (int i = 0; i < Q; i++) {
                 const float lo = scaled(i, p), hi = scaled(i, PAIRS + p);
-                q[i][p] = lo * c + hi * s, q[i][PAIRS + p] = hi * c - lo * s;
+                q[i][p] = lo * base_c.x[p] + hi * base_s.x[p], q[i][PAIRS + p] = hi * base_c.x[p] - lo * base_s.x[p];
             }
-        }
     }
     // Tokens t0 .. of a block; `rows` are D apart, that of token `own` is elsewhere and the last one (behind the group: all are there).
     // Tokens behind it are the last one again.
@@ -141,8 +156,34 @@ template <int D, int Q> struct ExactTokens {
         const int c = C * (threadIdx.x % 32);
         load_rows(v, rows + c, own_row + c, t0, own);
     }
+    // The same in two halves: tokens before `own`, and when its row is there, it and those behind.
+    template <int N> __device__ static void load_earlier(Halves<N> (&x)[GROUP], const f16 *rows, int t0, int own) {
+        if (t0 + GROUP <= own) return load_rows(x, rows, rows, t0, own);
+#pragma unroll
+        for (int i = 0; i < GROUP; i++)
+            if (t0 + i < own) x[i] = *(const Halves<N> *)(rows + i * D);
+    }
+    __device__ void load_earlier_keys(const f16 *rows, int t0, int own) {
+        const int c = PAIRS * (threadIdx.x % 32);
+        load_earlier(k_lo, rows + c, t0, own);
+        load_earlier(k_hi, rows + c + D / 2, t0, own);
+    }
+    __device__ void load_earlier_values(const f16 *rows, int t0, int own) { load_earlier(v, rows + C * (threadIdx.x % 32), t0, own); }
+    template <int N> __device__ static void load_own(Halves<N> (&x)[GROUP], const f16 *own_row, int t0, int own) {
+        if (t0 + GROUP <= own) return;
+#pragma unroll
+        for (int i = 0; i < GROUP; i++)
+            if (t0 + i >= own) x[i] = *(const Halves<N> *)own_row;
+    }
+    __device__ void load_own(const f16 *key, const f16 *value, int t0, int own) {
+        const int lane = threadIdx.x % 32;
+        load_own(k_lo, key + PAIRS * lane, t0, own);
+        load_own(k_hi, key + PAIRS * lane + D / 2, t0, own);
+        load_own(v, value + C * lane, t0, own);
+    }
+    // rope_step: angles of token t0.
     __device__ float scores(const float *rope_step, int t0, int own) {
-        rope_step += t0 * D + PAIRS * (threadIdx.x % 32);
+        rope_step += PAIRS * (threadIdx.x % 32);
         float s[SCORES];
 #pragma unroll
         for (int i = 0; i < GROUP; i++) {

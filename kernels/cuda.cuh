@@ -87,11 +87,16 @@ void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *
 // Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
 // On devices that can (compute capability 9.0), launch() lets its thread blocks start while the kernel before is at work, so
 // that the start of one hides behind the end of the other: programmatic dependent launch, CUDA C++ Programming Guide.
+__device__ inline void let_next_start() {    // which then waits for all of this one; wait_for_inputs does it, too
+#if __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion();
 #endif
+    let_next_start();
 }
 extern bool starts_early;    // the device can
 extern int sm_count;

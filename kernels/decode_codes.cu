@@ -58,6 +58,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
+    if (a.b.N <= FEW_ROWS) let_next_start();
     Turns<K, V, S, QUERIES> turns(a);
     if (!turns.start(a)) return;
     Part &p = turns.p;

@@ -38,7 +38,7 @@ template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a,
     for (int q = rank; q < Q; q = rank < last_rank ? Q : q + 1) {
         const uint32_t to = at(q);
         Floats<C> x;
-        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, last), p.pos);
+        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, last), QueryAngles<D>(a, p.pos));
         Words<C> w;
         memcpy(&w, &x, sizeof w);
         store_shared(to + 4 * C * lane, w);
@@ -202,8 +202,9 @@ __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&sc
         const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
         tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
         tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
-        tokens.turn_queries([&](int q, int i) { return scaled[q][i]; }, kv.rope.base + (int64_t)block * D);
-        tokens.add_values(tokens.scores(kv.rope.step, t0, own));
+        tokens.load_base(kv.rope.base + (int64_t)block * D);
+        tokens.turn_queries([&](int q, int i) { return scaled[q][i]; });
+        tokens.add_values(tokens.scores(kv.rope.step + t0 * D, t0, own));
     }
     float m_of[Q], l_of[Q];
     tokens.totals(m_of, l_of);

@@ -69,6 +69,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     // Byte g % 4 is the hi or lo byte of the lower or upper half, the others 0.
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
 
+    if (a.b.N <= FEW_ROWS) let_next_start();
     Turns<K, V, S, 1> turns(a);
     if (!turns.start(a)) return;
     Part &p = turns.p;
