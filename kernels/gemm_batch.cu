@@ -21,7 +21,8 @@
              half a multiprocessor (113 KB, 8 warps of two tiles, stages of 64 inputs, x a step of 128 ahead), so that the next kernel's
              fill their ring beside them: 94, 69, 36 and 29 us alone, and 3,918 tok/s for 4,144 (3,775 if those start at once); asking for
              the first 8, 16 or 32 MB of the next product's weights to come to L2 once all of the own are asked for: 4,043, 4,039 and
-             3,955 tok/s for 4,085; weights copied by 8 warps of their own (ring.cuh): 4,064 for 4,177.
+             3,955 tok/s for 4,085; weights copied by 8 warps of their own (ring.cuh): 4,064 for 4,177;
+             one stage asked for before x is there, the others after: 4,035 and 4,059 for 4,154 and 4,165.
    Limits    9 <= N <= 32; f16 weights, in a multiple of 8, all of it aligned to 16 bytes; |g x| < 65,520; a thread block of 227 KB.
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__
