@@ -156,7 +156,8 @@ template <int D, int Q> struct ExactTokens {
         const int c = C * (threadIdx.x % 32);
         load_rows(v, rows + c, own_row + c, t0, own);
     }
-    // The same in two halves: tokens before `own`, and when its row is there, it and those behind.
+    // The same in two halves: tokens before `own`, and when its row is there, it and those behind.  (Not in the
+    // kernels over codes: one of four queries then spills 652 bytes for 404.)
     template <int N> __device__ static void load_earlier(Halves<N> (&x)[GROUP], const f16 *rows, int t0, int own) {
         if (t0 + GROUP <= own) return load_rows(x, rows, rows, t0, own);
 #pragma unroll

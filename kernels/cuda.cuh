@@ -84,10 +84,12 @@ void seal_in_turn(const KvView &kv, const Step &step);
 void seal_scalar_blocks(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Step &step, int n);
 
 // ---- kernels in a row -----------------------------------------------------------------------------------------
-// Every kernel waits before it touches what earlier kernels write; until then it may read what no kernel writes (weights).
+// Every kernel waits before it touches what earlier kernels of its step write; until then it may read what none of them writes: weights,
+// and tokens of earlier steps.
 // On devices that can (compute capability 9.0), launch() lets its thread blocks start while the kernel before is at work, so
 // that the start of one hides behind the end of the other: programmatic dependent launch, CUDA C++ Programming Guide.
-__device__ inline void let_next_start() {    // which then waits for all of this one; wait_for_inputs does it, too
+// The next kernel may start; it waits for all of this one, which waits itself: so nothing that either waits for is missed.
+__device__ inline void let_next_start() {
 #if __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
 #endif

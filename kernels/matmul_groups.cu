@@ -93,7 +93,7 @@ template <DType T, int R> __device__ inline void make_integers(uint8_t *xs, cons
     if (t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
 }
 // Rows of g x, inputs begin .. of place.groups groups.  Adds to `squares` those of the thread's part of x: whose they are depends on
-// nothing but the input.
+// nothing but the input, unless a slab of q4 has an odd number of stages; then the sum is another one by 2^-52, before s becomes f32.
 template <DType T, int R>
 __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
 #pragma unroll
