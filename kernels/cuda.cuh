@@ -103,18 +103,14 @@ __device__ inline void wait_for_inputs() {
 extern bool starts_early;    // the device can
 extern int sm_count;
 extern int most_shared;      // bytes of shared memory that a thread block can have: 227 KiB on an H100, 99 on many others
-// In clusters of so many thread blocks, if more than 1, which also needs compute capability 9.0.
-template <class... P, class... A> void launch_clusters(void (*kernel)(P...), dim3 blocks, int cluster, int threads, size_t shared_bytes, A... args) {
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {(unsigned)cluster, 1, 1};
-    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, attributes, cluster > 1 ? 2u : starts_early ? 1u : 0u};
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
-}
+extern int64_t launches;     // so far; and what else changes the device's memory
 template <class... P, class... A> void launch(void (*kernel)(P...), dim3 blocks, int threads, size_t shared_bytes, A... args) {
-    launch_clusters(kernel, blocks, 1, threads, shared_bytes, args...);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {blocks, dim3(threads), shared_bytes, stream, &early, starts_early ? 1u : 0u};
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, P(args)...));
+    launches++;
 }
 
 // x / (1 + e^-x) with e^-|x|, which never overflows, as on the CPU.

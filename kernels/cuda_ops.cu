@@ -30,6 +30,7 @@ cudaStream_t stream;
 bool starts_early;
 int sm_count;
 int most_shared;
+int64_t launches;
 Step step;
 
 static void forget_steps();
@@ -59,7 +60,10 @@ static void release(void *p) {
     cudaFree(p);
 }
 
-static void upload(void *to, const void *host, size_t bytes) { CUDA_CHECK(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream)); }
+static void upload(void *to, const void *host, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream));
+    launches++;
+}
 
 static void download(void *host, const void *from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream));

@@ -27,246 +27,337 @@
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__
 #include <algorithm>
-#include <cstdlib>
 #include "gemv.cuh"
+#include "ring.cuh"
 namespace cuda {
 
-constexpr int WARPS = 16;
-constexpr int ROWS = 16;                  // of weights in a tile, a warp's
-constexpr int TILES = 14;                 // of a thread block at a time, at most: three stages fit
-constexpr int STEP = 128;                 // inputs at a time: 256 neighbouring bytes of a row
-constexpr int TILE_BYTES = ROWS * STEP * 2;
-constexpr int MOST_CLUSTER = 4;
-constexpr int ENOUGH_TILES = 10;          // of a thread block
-constexpr int SUM_PITCH = TILES * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
+constexpr int WARPS = 16;                 // that multiply
+constexpr int THREADS = 32 * (WARPS + 2);     // one more copies weights, one x
+constexpr int ROWS = 16;                  // of weights in a tile
+constexpr int TILES = 14;                 // of a thread block at a time, at most
+constexpr int STEP = 64;                  // inputs of a warp in a stage: 128 neighbouring bytes of a row
+constexpr int BLOCK = 32;                 // inputs of two mma
+constexpr int SQUARES = 16;               // inputs whose squares are added up first: a tile's outputs
+constexpr int UNIT_BYTES = ROWS * STEP * 2;    // of weights, a warp's in a stage
+constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 6, LEAST_STAGES = 3;
+constexpr int AT_FIRST = 2;               // stages of weights on their way before x is there
+constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
+constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
 constexpr int AT_ONCE = 4;                // results of a thread
-constexpr int MOST_SHARED = 227 * 1024;   // bytes that a thread block takes, at most
+constexpr int H100_SHARED = 227 * 1024;   // bytes of a thread block
 
-// Shared memory, where what begins.  x of two steps: [step][block of 32 inputs][8 rows][row][t], 8 numbers each.
-template <int GROUPS> struct Shared {     // GROUPS of 8 rows of x
-    static constexpr int X_STEP = STEP / 32 * GROUPS * 32, SUMS = 2 * X_STEP * 16, SQUARES = SUMS + GROUPS * 8 * SUM_PITCH * 4;
-    static constexpr int ROW_SQUARES = SQUARES + STEP / 32 * GROUPS * 8 * 8, RING = ROW_SQUARES + GROUPS * 8 * 8;
+// Rows of x go by eights.  Their f16 g x lies as the tensor core takes it, in memory as in a stage: [block of 32 inputs][group][row][t], 16 bytes each,
+// the inputs 2t, 2t + 1 of every 8.
+HD constexpr int x_bytes(int groups) { return STEP / BLOCK * groups * 32 * 16; }    // of STEP inputs
+// Shared memory, where what begins, in bytes.
+template <int GROUPS> struct Shared {
+    static constexpr int SQUARES_AT = GROUPS * 8 * SUM_PITCH * 4, BARRIERS = SQUARES_AT + SQUARE_SUMS * GROUPS * 8 * 8;
+    static constexpr int RING = (BARRIERS + 2 * Ring::bytes(MOST_STAGES) + 1023) / 1024 * 1024;
+};
+struct Shares {
+    int tiles, parts;    // of a thread block's warps: outputs, and parts of the inputs
+    HD int stage_bytes(int groups) const { return parts * (tiles * UNIT_BYTES + x_bytes(groups)); }    // [part][tile] weights, [part] x
+    int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes(4), MOST_STAGES); }
 };
 
-// copy_weights by address; zeros if they are not wanted.
-__device__ inline void copy_async(unsigned to, const uint4 *from, bool wanted) {
-    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
-}
-__device__ inline void sync_cluster(int cluster) {
-#if __CUDA_ARCH__ >= 900
-    if (cluster > 1) return __cluster_barrier_arrive(), __cluster_barrier_wait();
-#endif
-    __syncthreads();
-}
-// The sum over a cluster's thread blocks of what each has at `at`, in their order.
-template <class T> __device__ inline T sum_of_cluster(T *at, int cluster) {
-#if __CUDA_ARCH__ >= 900
-    if (cluster > 1) {
-        T each[MOST_CLUSTER], sum = 0;
-#pragma unroll
-        for (int r = 0; r < MOST_CLUSTER; r++) each[r] = r < cluster ? *(T *)__cluster_map_shared_rank(at, r) : 0;
-#pragma unroll
-        for (int r = 0; r < MOST_CLUSTER; r++) sum += each[r];
-        return sum;
+// What is made of x before it is multiplied: f16 g x, and of each row sums of squares.
+struct Rows16 {
+    uint4 *x;
+    float *squares;    // [SQUARES inputs][row]
+    static int64_t bytes(int rows, int in) { return ceil_div(in, STEP) * (x_bytes(rows / 8) + STEP / SQUARES * rows * (int64_t)sizeof(float)); }
+    static Rows16 at(void *p, int rows, int in) { return {(uint4 *)p, (float *)((uint8_t *)p + ceil_div(in, STEP) * x_bytes(rows / 8))}; }
+};
+
+// All thread blocks of a launch are at work at once (at most one a multiprocessor, and the next kernel's start after the last of these):
+// they meet at a counter in memory.  What any of them wrote before is there after.
+__device__ unsigned arrived, meetings;
+__device__ inline void meet_blocks() {
+    meet_readers<WARPS>();
+    if (threadIdx.x == 0) {
+        volatile unsigned *const count = &meetings;
+        const unsigned before = *count;
+        __threadfence();
+        if (atomicAdd(&arrived, 1) + 1 == gridDim.x) {
+            arrived = 0;
+            __threadfence();
+            *count = before + 1;
+        } else
+            while (*count == before) {}
+        __threadfence();
     }
-#endif
-    return *at;
+    meet_readers<WARPS>();
 }
 
-template <int GROUPS, int STAGES>
-__global__ void __launch_bounds__(32 * WARPS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int cluster, int most_tiles) {
+// The warps that multiply let the one that copies x begin.
+__device__ inline void meet_copier() { asm volatile("bar.sync 2, %0;" ::"n"(32 * (WARPS + 1)) : "memory"); }
+
+// What was written to memory is seen by bulk copies, too.
+__device__ inline void fence_bulk() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
+// The thread block's part of x; 32 lanes 8 rows of a block of inputs.
+template <int GROUPS> __device__ inline void narrow_rows(Rows16 rows, Norm norm, const float *x, int N, int in) {
+    const int lane = threadIdx.x % 32, units = (in + STEP - 1) / STEP * (STEP / BLOCK) * GROUPS;
+    for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < units; unit += gridDim.x * WARPS) {
+        const int n = unit % GROUPS * 8 + lane / 4, k = unit / GROUPS * BLOCK + lane % 4 * 2;
+        float2 v[4];
+        float square[4];
+        for (int i = 0; i < 4; i++) v[i] = n < N && k + 8 * i < in ? *(const float2 *)(x + (int64_t)n * in + k + 8 * i) : make_float2(0, 0);
+        if (norm.weight) {
+            for (int i = 0; i < 4; i++) {
+                square[i] = __fadd_rn(__fmul_rn(v[i].x, v[i].x), __fmul_rn(v[i].y, v[i].y));
+                square[i] += __shfl_xor_sync(~0u, square[i], 1);
+                square[i] += __shfl_xor_sync(~0u, square[i], 2);
+                if (k + 8 * i < in) {
+                    const float2 g = __ldg((const float2 *)(norm.weight + k + 8 * i));
+                    v[i].x *= g.x, v[i].y *= g.y;
+                }
+            }
+            if (lane % 4 < 2) rows.squares[(unit / GROUPS * 2 + lane % 4) * (8 * GROUPS) + n] = lane % 4 ? square[2] + square[3] : square[0] + square[1];
+        }
+        rows.x[unit * 32 + lane] = make_uint4(pack(v[0].x, v[0].y), pack(v[1].x, v[1].y), pack(v[2].x, v[2].y), pack(v[3].x, v[3].y));
+    }
+}
+// The same of one number; 16 lanes have SQUARES neighbouring k's of a row.  Sums of squares are made in the same order.
+template <int GROUPS> __device__ inline void narrow_result(Rows16 rows, bool normed, float v, float gain, int n, int k) {
+    ((__half *)rows.x)[((k / BLOCK * GROUPS + n / 8) * 32 + n % 8 * 4 + k % 8 / 2) * 8 + k % BLOCK / 8 * 2 + k % 2] = __float2half_rn(normed ? v * gain : v);
+    if (!normed) return;
+    float square = __fmul_rn(v, v);
+#pragma unroll
+    for (int o = 1; o < SQUARES; o *= 2) square += __shfl_xor_sync(~0u, square, o);
+    if (k % SQUARES == 0) rows.squares[k / SQUARES * (8 * GROUPS) + n] = square;
+}
+
+// Tiles of a matrix have no rows of the next one; gated: 8 of gate, 8 of up.
+struct Tile { int m, row; };    // matrix, first output
+HD int tiles_of(const Products &p, int m) { return (p.out[m] + p.tile_outs(ROWS) - 1) / p.tile_outs(ROWS); }
+HD int tiles_of(const Products &p) { return p.gated ? tiles_of(p, 0) : tiles_of(p, 0) + tiles_of(p, 1) + tiles_of(p, 2); }
+__device__ inline Tile tile_of(const Products &p, int tile) {
+    int m = 0;
+    if (!p.gated)
+        while (m + 1 < MAX_PRODUCTS && tile >= tiles_of(p, m)) tile -= tiles_of(p, m++);
+    return {m, tile * p.tile_outs(ROWS)};
+}
+struct Maps { CUtensorMap of[MAX_PRODUCTS]; };    // the matrices; boxes of a tile's rows and STEP inputs
+
+// `made`: rows has g x already; into: where the next product wants its own, if not null.
+template <int GROUPS>
+__global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, const float *x, const __grid_constant__ Rows16 rows, bool made,
+                                                                const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages) {
     using S = Shared<GROUPS>;
-    extern __shared__ __align__(128) uint8_t shared[];
-    uint4 *const xs = (uint4 *)shared;
-    float *const sums = (float *)(shared + S::SUMS);
-    double *const row_squares = (double *)(shared + S::ROW_SQUARES);
-    double *const squares = (double *)(shared + S::SQUARES);    // [row][block of 32 inputs]; row_squares: of all that the thread block has
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int rank = blockIdx.x % cluster, clusters = gridDim.x / cluster, tiles = p.tiles(ROWS), all_steps = (in + STEP - 1) / STEP;
-    const int begin = (int)((int64_t)tiles * (blockIdx.x / cluster) / clusters), end = (int)((int64_t)tiles * (blockIdx.x / cluster + 1) / clusters);
-    const int first_step = all_steps * rank / cluster, last_step = all_steps * (rank + 1) / cluster;
-    const int rounds = (end - begin + most_tiles - 1) / most_tiles;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    float *const sums = (float *)shared;                          // [row of x][part of the inputs][tile][output]
+    double *const squares = (double *)(shared + S::SQUARES_AT);   // [of SQUARE_SUMS][row of x]
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tiles = tiles_of(p), steps = (in + STEP - 1) / STEP, parts = shares.parts, turns = (steps + parts - 1) / parts;
+    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
+    const int rounds = (end - begin + shares.tiles - 1) / shares.tiles;
     auto round_at = [&](int round) { return begin + (int)((int64_t)(end - begin) * round / rounds); };
 
-    // ---- weights: a lane copies 16 bytes of rows lane / 16, 2 further ... of its warp's tile
-    const unsigned stage_bytes = most_tiles * TILE_BYTES, mine = warp * TILE_BYTES;
-    const unsigned to = (unsigned)__cvta_generic_to_shared(shared + S::RING) + mine + lane / 16 * 256 + (lane % 16 ^ lane / 16 * 4) * 16;    // odd rows have
-                                                                                                   // neighbouring 64 bytes swapped: two rows meet all banks
-    struct { int round, step; bool there; } next = {0, first_step, false};    // stage to load
-    int w[8];    // where rows begin, the lane's bytes of them: 16 bytes a number, from the first matrix
-    auto find_rows = [&] {
-        const int tile = next.round < rounds ? round_at(next.round) + warp : end;
-        next.there = first_step < last_step && next.round < rounds && tile < round_at(next.round + 1);
-        for (int r = 0; r < 8 && next.there; r++) w[r] = (int)((const uint4 *)p.weights_of<f16>(p.row_of<ROWS>(tile, 2 * r + lane / 16), in) - (const uint4 *)p.W[0].data) + lane % 16;
-    };
-    auto load_rows = [&](int stage, int r) {    // r and the next
-        const bool inside = next.step * STEP + lane % 16 * 8 < in;
-        const uint4 *const from = (const uint4 *)p.W[0].data + (inside ? next.step * (STEP / 8) : 0);
-        if (next.there)
-            for (int i = r; i < r + 2; i++) copy_async(to + stage * stage_bytes + i * 512, from + w[i], inside);
-    };
-    auto end_load = [&] {
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        if (++next.step >= last_step) next.step = first_step, next.round++, find_rows();
-    };
-    find_rows();
+    const uint32_t barriers = (uint32_t)__cvta_generic_to_shared(shared + S::BARRIERS);
+    const Ring ring = {barriers, stages, AT_FIRST}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
+    const int stage_bytes = shares.stage_bytes(GROUPS), x_at = parts * shares.tiles * UNIT_BYTES;
+    uint8_t *const stage_0 = shared + S::RING;
+    if (threadIdx.x == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);    // x has a stage's place when the weights have
+    __syncthreads();
+
+    // ---- weights: a lane copies a tile's
+    if (warp == WARPS) {
+        if (lane == 0)
+            for (const CUtensorMap &map : maps.of) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+        Ring::Place stage;
 #pragma unroll 1
-    for (int s = 0; s < STAGES - 1; s++) {
-        for (int r = 0; r < 8; r += 2) load_rows(s, r);
-        end_load();
+        for (int round = 0; round < rounds; round++) {
+            const int n_tiles = round_at(round + 1) - round_at(round);
+            const Tile tile = tile_of(p, round_at(round) + min(lane, n_tiles - 1));
+#pragma unroll 1
+            for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
+                const int here = min(parts, steps - turn * parts);
+                ring.begin_fill(stage);
+                if (lane == 0) ring.expect(stage, here * n_tiles * UNIT_BYTES);
+                __syncwarp();
+                if (lane < n_tiles)
+                    for (int part = 0; part < here; part++) {
+                        uint8_t *const to = stage_0 + stage.slot * stage_bytes + (part * shares.tiles + lane) * UNIT_BYTES;
+                        ring.copy_box(stage, to, maps.of[tile.m], (turn * parts + part) * STEP, tile.row);
+                        if (p.gated) ring.copy_box(stage, to + UNIT_BYTES / 2, maps.of[1], (turn * parts + part) * STEP, tile.row);
+                    }
+            }
+        }
+        return;
     }
     wait_for_inputs();
 
-    // ---- x: a thread has 8 neighbouring numbers of row xn, in block of 32 inputs xb
-    const int xb = threadIdx.x / (32 * GROUPS), xn = threadIdx.x / 4 % (8 * GROUPS);
-    const bool has_x = xb < STEP / 32;
-    float4 xr[2], gain[2];
-    auto load_x = [&](int step) {
-        const int k = step * STEP + xb * 32 + 8 * t;
-        for (int i = 0; i < 2; i++) {
-            xr[i] = has_x && xn < N && k < in ? *((const float4 *)(x + (int64_t)xn * in + k) + i) : make_float4(0, 0, 0, 0);
-            if (p.norm.weight && has_x) gain[i] = __ldg((const float4 *)(p.norm.weight + min(k, in - 8)) + i);
-        }
-    };
-    double square = 0;
-    auto store_x = [&](uint4 *to, bool count) {
-        if (!has_x) return;
-        if (p.norm.weight)
-            for (int i = 0; i < 2; i++) {
-                if (count) square += add_squares(xr[i], 0);
-                xr[i] = xr[i] * gain[i];
+    // ---- x: a thread copies what all thread blocks have made
+    if (warp == WARPS + 1) {
+        if (!made) meet_copier();
+        if (lane > 0) return;
+        fence_bulk();
+        Ring::Place stage;
+#pragma unroll 1
+        for (int round = 0; round < rounds; round++)
+#pragma unroll 1
+            for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
+                const int bytes = min(parts, steps - turn * parts) * x_bytes(GROUPS);
+                if (stage.time > 0) ring.wait_free(stage);
+                x_ring.expect(stage, bytes);
+                x_ring.copy_bulk(stage, stage_0 + stage.slot * stage_bytes + x_at, rows.x + turn * parts * (x_bytes(GROUPS) / 16), bytes);
             }
-        to[(xb * GROUPS + xn / 8) * 32 + xn % 8 * 4 + t] = make_uint4(pack(xr[0].x, xr[0].y), pack(xr[0].z, xr[0].w), pack(xr[1].x, xr[1].y), pack(xr[1].z, xr[1].w));
-    };
+        return;
+    }
+    if (!made) {
+        narrow_rows<GROUPS>(rows, p.norm, x, N, in);
+        fence_bulk();
+        meet_blocks();
+        meet_copier();
+    }
+    if (p.norm.weight && threadIdx.x < SQUARE_SUMS * 8 * GROUPS) {
+        double sum = 0;
+        for (int i = threadIdx.x; i < steps * (STEP / SQUARES) * 8 * GROUPS; i += SQUARE_SUMS * 8 * GROUPS) sum += __ldcg(rows.squares + i);
+        squares[threadIdx.x] = sum;
+    }
 
     // ---- products
-    int stage = 0, buffer = 0;
-    if (first_step < last_step) load_x(first_step);
-    else if (threadIdx.x < 8 * GROUPS) row_squares[threadIdx.x] = 0;
+    const int g = lane / 4, t = lane % 4, part = warp / shares.tiles, my_tile = warp % shares.tiles;    // of a stage, this warp's
     // Results: a thread has output `out` of row x_row, of every `apart`-th of the thread block's tiles from tile_lane on.
     const int log_outs = p.gated ? 3 : 4, outs = 1 << log_outs, out = threadIdx.x & (outs - 1), x_row = threadIdx.x >> log_outs & (8 * GROUPS - 1);
     const int tile_lane = (threadIdx.x >> log_outs) / (8 * GROUPS), apart = (32 * WARPS >> log_outs) / (8 * GROUPS);
     float scale = 1;
+    Ring::Place stage;
 #pragma unroll 1
     for (int round = 0; round < rounds; round++) {
         const int from = round_at(round), n_tiles = round_at(round + 1) - from;
+        float *to[AT_ONCE], old[AT_ONCE], gain[AT_ONCE];
+        auto find_results = [&](int first) {
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const Tile tile = tile_of(p, from + min(first + j * apart, n_tiles - 1));
+                const bool wanted = first + j * apart < n_tiles && x_row < N && tile.row + out < p.out[tile.m];
+                to[j] = wanted ? p.result_of({tile.m, tile.row + out}, x_row) : nullptr;
+                old[j] = wanted && p.add ? *to[j] : 0.0f;
+                gain[j] = wanted && p.next.weight ? __ldg(p.next.weight + tile.row + out) : 0.0f;
+            }
+        };
+        find_results(tile_lane);    // asked for early
         float sum[GROUPS][4] = {};
+        if (part < parts) {
 #pragma unroll 1
-        for (int step = first_step; step < last_step; step++) {
-            uint4 *const x_here = xs + buffer * S::X_STEP;
-            store_x(x_here, round == 0);
-            const bool squared = p.norm.weight && round == 0 && step + 1 == last_step;
-            if (squared && has_x) {
-                square += __shfl_xor_sync(~0u, square, 1);
-                square += __shfl_xor_sync(~0u, square, 2);
-                if (t == 0) squares[xn * (STEP / 32) + xb] = square;
-            }
-            load_x(step + 1 < last_step ? step + 1 : first_step);
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-            __syncthreads();    // x and weights of this step are there, and nobody reads what is written next
-            if (squared && threadIdx.x < 8 * GROUPS) {
-                double sum = 0;
-                for (int b = 0; b < STEP / 32; b++) sum += squares[threadIdx.x * (STEP / 32) + b];
-                row_squares[threadIdx.x] = sum;
-            }
-            const int free_stage = stage == 0 ? STAGES - 1 : stage - 1;
-            const uint8_t *const row = shared + S::RING + stage * stage_bytes + mine + g * 256;
+            for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
+                x_ring.begin_read(stage);
+                ring.begin_read(stage);
+                if (my_tile < n_tiles && turn * parts + part < steps) {
+                    const uint8_t *const here = stage_0 + stage.slot * stage_bytes;
+                    const uint4 *const v = (const uint4 *)(here + x_at + part * x_bytes(GROUPS)) + lane;
+                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + warp * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
 #pragma unroll
-            for (int b = 0; b < STEP / 32; b++) {    // the loads of a later step between the products of this one
-                load_rows(free_stage, 2 * b);
-                if (warp >= n_tiles) continue;
-                const uint4 *const at = (const uint4 *)row + ((b * 4 + t) ^ g % 2 * 4), r0 = at[0], r1 = at[8 * 16];
-                const unsigned a[2][4] = {{r0.x, r1.x, r0.y, r1.y}, {r0.z, r1.z, r0.w, r1.w}};
+                    for (int b = 0; b < STEP / BLOCK; b++) {
+                        unsigned a[2][4];
+                        for (int h = 0; h < 2; h++) load_matrices(a[h], row + ((b * 4 + h * 2 + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
-                for (int j = 0; j < GROUPS; j++) {
-                    const uint4 v = x_here[(b * GROUPS + j) * 32 + lane];
-                    mma(sum[j], a[0], v.x, v.y), mma(sum[j], a[1], v.z, v.w);
+                        for (int j = 0; j < GROUPS; j++) {
+                            const uint4 u = v[(b * GROUPS + j) * 32];
+                            mma(sum[j], a[0], u.x, u.y), mma(sum[j], a[1], u.z, u.w);
+                        }
+                    }
                 }
+                ring.end_read(stage);
             }
-            end_load();
-            stage = stage + 1 == STAGES ? 0 : stage + 1, buffer ^= 1;
-        }
-        if (warp < n_tiles)
+            if (round > 0) meet_readers<WARPS>();    // the last round's sums are read
 #pragma unroll
             for (int j = 0; j < GROUPS; j++)
 #pragma unroll
                 for (int c = 0; c < 4; c++) sums[(8 * j + 2 * t + c % 2) * SUM_PITCH + warp * ROWS + g + c / 2 * 8] = sum[j][c];
+        } else if (round > 0) meet_readers<WARPS>();
+        meet_readers<WARPS>();
 
-        // ---- a cluster adds up: thread block `rank` tiles rank, rank + cluster ...; a thread a few at a time
-        float *to[AT_ONCE], old[AT_ONCE];
-        auto find_results = [&](int first) {
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                const int tile = (first + j * apart) * cluster + rank;
-                const bool wanted = tile < n_tiles && x_row < N && ((from + tile) << log_outs) + out < p.outs();
-                to[j] = wanted ? p.result_of(p.row_of<ROWS>(from + tile, out), x_row) : nullptr;
-                old[j] = wanted && p.add ? *to[j] : 0.0f;
-            }
-        };
-        find_results(tile_lane);
-        sync_cluster(cluster);
-        if (round == 0 && p.norm.weight) scale = 1.0f / sqrtf((float)sum_of_cluster(row_squares + x_row, cluster) / in + p.norm.eps);
-        for (int first = tile_lane; first * cluster + rank < n_tiles; first += AT_ONCE * apart) {
-            if (first > tile_lane) find_results(first);
-            float y[AT_ONCE], up[AT_ONCE];
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++) {
-                float *const at = sums + x_row * SUM_PITCH + min((first + j * apart) * cluster + rank, n_tiles - 1) * ROWS + out;
-                y[j] = sum_of_cluster(at, cluster), up[j] = p.gated ? sum_of_cluster(at + ROWS / 2, cluster) : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < AT_ONCE; j++)
-                if (to[j]) *to[j] = p.gated ? silu(y[j] * scale) * (up[j] * scale) : old[j] + y[j] * scale;
+        // ---- parts are added up, by a thread those of a few results at a time
+        if (round == 0 && p.norm.weight) {
+            double sum = 0;
+            for (int i = 0; i < SQUARE_SUMS; i++) sum += squares[i * 8 * GROUPS + x_row];
+            scale = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
-        sync_cluster(cluster);    // sums are read
+        for (int first = tile_lane; first < n_tiles; first += AT_ONCE * apart) {
+            if (first > tile_lane) find_results(first);
+            float y[AT_ONCE] = {}, up[AT_ONCE] = {};
+            for (int q = 0; q < parts; q++)
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; j++) {
+                    const float *const at = sums + x_row * SUM_PITCH + (q * shares.tiles + min(first + j * apart, n_tiles - 1)) * ROWS + out;
+                    y[j] += at[0], up[j] += p.gated ? at[ROWS / 2] : 0.0f;
+                }
+#pragma unroll
+            for (int j = 0; j < AT_ONCE; j++) {
+                const float v = p.gated ? silu(y[j] * scale) * (up[j] * scale) : old[j] + y[j] * scale;
+                if (to[j]) *to[j] = v;
+                if (into.x && first + j * apart < n_tiles) narrow_result<GROUPS>(into, p.next.weight, to[j] ? v : 0.0f, gain[j], x_row, ((from + first + j * apart) << log_outs) + out);
+            }
+        }
     }
 }
 
-// Thread blocks that share the inputs of their outputs; of so many tiles of weights.
-static int cluster_of(int tiles) {
-    int cluster = 1;
-    while (cluster < MOST_CLUSTER && ceil_div(tiles, GPU_SMS / cluster) < ENOUGH_TILES) cluster *= 2;
-    return cluster;
+// Fixed by the number of tiles of weights, so that sums are.
+static Shares shares_of(int tiles) {
+    const int most = (int)ceil_div(tiles, GPU_SMS);
+    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1};
+    while ((s.parts + 1) * s.tiles <= WARPS && Shares{s.tiles, s.parts + 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts++;
+    return s;
 }
-template <int GROUPS, int STAGES> static void launch_batch(const Products &p, const float *x, int N, int in, int cluster, int clusters, int most_tiles) {
-    static const cudaError_t allowed = cudaFuncSetAttribute(gemm_batch_kernel<GROUPS, STAGES>, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED);
-    CUDA_CHECK(allowed);
-    launch_clusters(gemm_batch_kernel<GROUPS, STAGES>, clusters * cluster, cluster, 32 * WARPS, Shared<GROUPS>::RING + STAGES * most_tiles * TILE_BYTES, p, x, N, in, cluster, most_tiles);
-}
-// Clusters of that size that are at work at once, if each takes all of its multiprocessors' shared memory.
-static int clusters_at_once(int cluster) {
-    if (cluster == 1) return sm_count;
-    static int known[MOST_CLUSTER + 1];
-    int &n = known[cluster];
-    if (n == 0) {
-        auto kernel = gemm_batch_kernel<4, 3>;
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_SHARED));
-        cudaLaunchAttribute size = {};
-        size.id = cudaLaunchAttributeClusterDimension;
-        size.val.clusterDim = {(unsigned)cluster, 1, 1};
-        cudaLaunchConfig_t config = {dim3(cluster), dim3(32 * WARPS), MOST_SHARED, stream, &size, 1};
-        CUDA_CHECK(cudaOccupancyMaxActiveClusters(&n, kernel, &config));
-        n = std::max(n, 1);
+
+// What the last launch left for the next one: where in step.work.
+static struct {
+    const float *x, *gain;
+    int N, in;
+    int64_t launch, begin, end;
+} left;
+
+// W (out,in) as a matrix of which boxes are copied; bytes of a row change places (swizzle of 128 bytes) so that rows meet all banks.
+static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
+    static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
+        if (!encode) fail("GPU: the driver has no cuTensorMapEncodeTiled: too old");
     }
-    return n;
+    CUtensorMap map;
+    const cuuint64_t size[2] = {(cuuint64_t)in, (cuuint64_t)out}, pitch[1] = {(cuuint64_t)in * sizeof(f16)};
+    const cuuint32_t box[2] = {STEP, (cuuint32_t)box_rows}, stride[2] = {1, 1};
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)W.data, size, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS) fail("GPU: a matrix of %d x %d has no tensor map: error %d", out, in, (int)error);
+    return map;
 }
+
 template <int GROUPS> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
-    const int tiles = p.tiles(ROWS), cluster = cluster_of(tiles), clusters = std::min(tiles, clusters_at_once(cluster));
-    const int most = (int)ceil_div(tiles, clusters), most_tiles = (int)ceil_div(most, ceil_div(most, TILES));
-    const int stages = (MOST_SHARED - Shared<GROUPS>::RING) / (most_tiles * TILE_BYTES);
-    if (stages >= 6) launch_batch<GROUPS, 6>(p, x, N, in, cluster, clusters, most_tiles);
-    else if (stages >= 4) launch_batch<GROUPS, 4>(p, x, N, in, cluster, clusters, most_tiles);
-    else launch_batch<GROUPS, 3>(p, x, N, in, cluster, clusters, most_tiles);
+    constexpr int ROUNDED = 8 * GROUPS;
+    auto kernel = gemm_batch_kernel<GROUPS>;
+    static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
+    CUDA_CHECK(allowed);
+    const bool made = left.launch == launches && left.x == x && left.gain == p.norm.weight && left.N == N && left.in == in;
+    const int outs = p.outs();
+    const bool leaves = p.leaves && outs % STEP == 0;
+    auto rows_at = [&](int64_t at, int in) { return Rows16::at((uint8_t *)step.work + at, ROUNDED, in); };
+    if (!made) left.begin = 0, left.end = Rows16::bytes(ROUNDED, in);
+    const Rows16 rows = rows_at(left.begin, in);
+    if (leaves) {    // beside them
+        const int64_t bytes = Rows16::bytes(ROUNDED, outs);
+        left.begin = bytes <= left.begin ? 0 : left.end, left.end = left.begin + bytes;
+    }
+    const Shares s = shares_of(tiles_of(p));
+    const int stages = s.stages(most_shared);
+    Maps maps = {};
+    for (int m = 0; m < MAX_PRODUCTS; m++)
+        if (p.out[m] > 0) maps.of[m] = map_of(p.W[m], in, p.out[m], p.tile_outs(ROWS));
+    launch(kernel, std::min(sm_count, tiles_of(p)), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes(GROUPS), p, maps, x, rows, made,
+           leaves ? rows_at(left.begin, outs) : Rows16{}, N, in, s, stages);
+    if (leaves) left.x = p.y[0], left.gain = p.next.weight, left.N = N, left.in = outs, left.launch = launches;
 }
-bool gemm_batch_serves(DType type, int N, int in) {    // starts_early: compute capability 9.0, which has clusters
-    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && starts_early && most_shared >= MOST_SHARED;
+bool gemm_batch_serves(DType type, int N, int in) {
+    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && starts_early && Shares{TILES, 1}.stages(most_shared) >= LEAST_STAGES;
 }
-bool gemm_batch(const Products &p, const float *x, int N, int in) {
-    constexpr int64_t FARTHEST = (int64_t)1 << 34;    // bytes from the first matrix to another: rows are found by 32-bit numbers of 16 bytes
-    for (int i = 1; i < MAX_PRODUCTS; i++)
-        if (p.out[i] > 0 && std::abs((const char *)p.W[i].data - (const char *)p.W[0].data) > FARTHEST) return false;
-    N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in);
-    return true;
-}
+void gemm_batch(const Products &p, const float *x, int N, int in) { N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in); }
+int64_t gemm_batch_work_bytes(int in) { return 3 * Rows16::bytes(BATCH_ROWS, in); }
 }    // namespace cuda
 #endif

@@ -102,25 +102,24 @@ __global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const
     extern __shared__ __align__(128) uint4 shared[];             // ring, x of each warp
     __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
     __shared__ double squares[MMA_WARPS][FEW_ROWS];
-    __shared__ uint64_t barriers[Ring<STAGES, AT_FIRST>::BYTES / 8];
+    __shared__ uint64_t barriers[Ring::bytes(STAGES) / 8];
     uint8_t *const stages = (uint8_t *)shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + STAGE_INPUTS - 1) / STAGE_INPUTS;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    const Ring<STAGES, AT_FIRST> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
-    using Place = typename Ring<STAGES, AT_FIRST>::Place;
-    if (threadIdx.x == 0) ring.open(MMA_WARPS);
+    const Ring ring = {(uint32_t)__cvta_generic_to_shared(barriers), STAGES, AT_FIRST};
+    if (threadIdx.x == 0) ring.open(32, MMA_WARPS);
     __syncthreads();
 
     if (warp == MMA_WARPS) {    // weights
-        Place stage;
+        Ring::Place stage;
 #pragma unroll 1
         for (int tile = begin; tile < end; tile++) {
             RowCopies rows;
 #pragma unroll
             for (int r = 0; r < RowCopies::EACH; r++) rows.next[r] = (const uint8_t *)p.weights_of<f16>(p.row_of<MMA_ROWS>(tile, rows.row(r)), in) + rows.piece();
 #pragma unroll 1
-            for (int step = 0; step < steps; step++, stage.advance()) {
+            for (int step = 0; step < steps; step++, ring.advance(stage)) {
                 ring.begin_fill(stage);
                 rows.copy<2>(stages + stage.slot * STAGE_BYTES, (in - step * STAGE_INPUTS) * 2);
                 ring.end_fill(stage);
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const
     ask_for_gain(p.norm, in, 32 * MMA_WARPS);
     wait_for_inputs();
 
-    Place stage;
+    Ring::Place stage;
     int at = 0, half = 0;    // at: tile of the round
     double square[R] = {};
     float scale = 1;
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const
             const int to = min(steps, from + slab_steps);
             if (tile == begin || slab_steps < steps) fill_halves<R>(xs, place, x, p.norm.weight, N, in, from, to, square);
 #pragma unroll 1
-            for (int step = from; step < to; step++, stage.advance()) {
+            for (int step = from; step < to; step++, ring.advance(stage)) {
                 ring.begin_read(stage);
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const
 
 // False: not even a slab of x fits, or, if it has to, all of it.
 template <int R, int STAGES> static bool gemv_mma(const Products &p, const float *x, int N, int in, bool whole) {
-    constexpr int DECLARED = 2 * MMA_WARPS * ROUND_SUMS * (int)sizeof(float) + MMA_WARPS * FEW_ROWS * (int)sizeof(double) + Ring<STAGES, AT_FIRST>::BYTES;
+    constexpr int DECLARED = 2 * MMA_WARPS * ROUND_SUMS * (int)sizeof(float) + MMA_WARPS * FEW_ROWS * (int)sizeof(double) + Ring::bytes(STAGES);
     constexpr int BESIDE = (DECLARED + 127) / 128 * 128;    // the kernel's other shared memory
     const int steps = (int)ceil_div(in, STAGE_INPUTS);
     const int64_t room = most_shared - BESIDE - STAGES * STAGE_BYTES;

@@ -14,6 +14,8 @@ struct Products {
     int out[MAX_PRODUCTS];         // 0: no such product
     bool add = false, gated = false;
     Norm norm = {};                // of x, first; weight null: none
+    bool leaves = false;           // the next product is of y
+    Norm next = {};                // with this norm
 
     // A warp or thread block multiplies tiles of ROWS rows of weights: as many outputs, or half as many of gate and then of up.
     struct Row { int m, o; };      // output o of matrix m
@@ -61,7 +63,8 @@ bool gemv_norms(DType type, int in);    // it takes the norm, too
 // gemm_batch.cu: up to BATCH_ROWS rows.  A row's bits do not depend on the others, but they are not gemv's.
 constexpr int BATCH_ROWS = 32;
 bool gemm_batch_serves(DType type, int N, int in);    // if all weights are of this type; it takes the norm, too
-bool gemm_batch(const Products &p, const float *x, int N, int in);    // false: matrices are too far apart, and nothing is done
+void gemm_batch(const Products &p, const float *x, int N, int in);
+int64_t gemm_batch_work_bytes(int in);
 
 // Weights in q8 and q4: matmul_groups.cu.
 void gemv_groups(const Products &p, const float *x, int N, int in);

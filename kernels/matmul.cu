@@ -106,7 +106,7 @@ void matmul(float *y, const float *x, Matrix W, int N, int in, int out) {
     }
 }
 
-void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out) {
+void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm) {
     static std::vector<float> product;    // grows to the largest step, then stays
     const int64_t n = (int64_t)N * out;
     product.resize(std::max<size_t>(product.size(), n));
@@ -170,12 +170,15 @@ static void gemm(float *y, const void *x, const void *W, cudaDataType type, int 
     const float one = 1.0f;
     CUBLAS_CHECK(cublasGemmEx(cublas(), CUBLAS_OP_T, CUBLAS_OP_N, out, N, in, &one, W, type, in, x, type, in, &beta, y, CUDA_R_32F, stride,
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    launches++;
 }
 
 // Rows of x in 16 bits, made once for the products that share them; behind them a slab of q8 or q4 weights, widened to f16.
 constexpr int64_t SLAB_BYTES = (int64_t)32 << 20;    // stays in the L2 of an H100 between the two kernels that touch it
 static int64_t narrowed_bytes(int64_t n) { return ceil_div(n * 4, 256) * 256; }
-int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > FEW_ROWS ? narrowed_bytes((int64_t)shape.N * shape.widest) + SLAB_BYTES : 0; }
+int64_t matmul_work_bytes(const StepShape &shape) {
+    return shape.N > FEW_ROWS ? std::max(narrowed_bytes((int64_t)shape.N * shape.widest) + SLAB_BYTES, gemm_batch_work_bytes(shape.widest)) : 0;
+}
 
 static void gemm_groups(float *y, Matrix W, int N, int in, int out, float beta) {
     f16 *const slab = (f16 *)((uint8_t *)step.work + narrowed_bytes((int64_t)N * in));
@@ -209,7 +212,7 @@ static void multiply(Products p, int n_products, const float *x, int N, int in, 
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && p.W[i].type == p.W[0].type;
     const bool few = N <= FEW_ROWS;
-    if (!few && same && gemm_batch_serves(p.W[0].type, N, in) && gemm_batch(p, x, N, in)) return;
+    if (!few && same && gemm_batch_serves(p.W[0].type, N, in)) return gemm_batch(p, x, N, in);
     if (p.norm.weight && !(few && same && gemv_norms(p.W[0].type, in))) {
         rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
         x = xn, p.norm = {};
@@ -227,12 +230,12 @@ static void multiply(Products p, int n_products, const float *x, int N, int in, 
 }
 
 void matmul(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W}, {y}, {out}}, 1, x, N, in); }
-void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W}, {y}, {out}, true}, 1, x, N, in); }
+void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm next) { multiply({{W}, {y}, {out}, true, false, {}, next.weight != nullptr, next}, 1, x, N, in); }
 void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
     multiply({{Wq, Wk, Wv}, {q, k, v}, {q_out, kv_out, kv_out}, false, false, norm}, 3, x, N, in, xn);
 }
 void gated(float *gate, float *up, float *xn, const float *x, Norm norm, Matrix Wgate, Matrix Wup, int N, int in, int out) {
-    multiply({{Wgate, Wup}, {gate, up}, {out, out}, false, true, norm}, 2, x, N, in, xn);
+    multiply({{Wgate, Wup}, {gate, up}, {out, out}, false, true, norm, true}, 2, x, N, in, xn);
 }
 }    // namespace cuda
 #endif

@@ -93,13 +93,13 @@ template <DType T, int R> __device__ inline void make_integers(uint8_t *xs, cons
     if (t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
 }
 // Rows of g x, inputs begin .. of place.groups groups.  Adds to `squares` those of the thread's part of x: whose they are depends on
-// nothing but the input, unless a slab of q4 has an odd number of stages; then the sum is another one by 2^-52, before s becomes f32.
+// nothing but the input, not on the slab.
 template <DType T, int R>
 __device__ inline void fill_x(uint8_t *xs, const XPlace<R> &place, const float *x, const float *gain, int N, int in, int begin, double (&squares)[R]) {
 #pragma unroll
     for (int n = 0; n < R; n++) {
         if (n >= N) break;
-        for (int i = threadIdx.x; i < place.groups * 4; i += 32 * WARPS) {
+        for (int i = (threadIdx.x - begin / 8) % (32 * WARPS); i < place.groups * 4; i += 32 * WARPS) {
             const int t = i % 4, group = i / 4, k = begin + group * GROUP + 4 * t;
             const float *const from = x + (int64_t)n * in + k;
             float4 v[2] = {*(const float4 *)from, *(const float4 *)(from + 16)};
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     static_assert(PART * (R == 8 ? 1 : 2) * (int)sizeof(float) == PART_BYTES, "sums have no place");
     __shared__ double squares[FEW_ROWS][WARPS];
     __shared__ float norms[FEW_ROWS];
-    __shared__ uint64_t barriers[Ring<STAGES, AT_FIRST>::BYTES / 8];
+    __shared__ uint64_t barriers[Ring::bytes(STAGES) / 8];
     static_assert(sizeof squares + sizeof norms + sizeof barriers <= BLOCK_BYTES, "more shared memory than is left");
     uint8_t *const stages = (uint8_t *)shared;
     float *const parts = (float *)(stages + STAGES * STAGE_BYTES<T>);                 // [tiles of this turn, of the last][warp][tile][pair][row of W][sum]
@@ -137,16 +137,15 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     const int tile_outs = p.tile_outs(ROWS), tiles = p.tiles(ROWS);
     const int steps = (in + STEP<T> - 1) / STEP<T>, slabs = (steps + slab_steps - 1) / slab_steps;
     const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    const Ring<STAGES, AT_FIRST> ring = {(uint32_t)__cvta_generic_to_shared(barriers)};
-    using Place = typename Ring<STAGES, AT_FIRST>::Place;
-    if (threadIdx.x == 0) ring.open(WARPS);
+    const Ring ring = {(uint32_t)__cvta_generic_to_shared(barriers), STAGES, AT_FIRST};
+    if (threadIdx.x == 0) ring.open(32, WARPS);
     __syncthreads();
 
     // ---- weights: `TILES` tiles at a time, slab by slab
     if (warp == WARPS) {
         const bool wide = in % (16 / SCALES<T> * UNIT<T>) == 0;    // a row's scales begin at a multiple of 16 bytes
         const int scale_piece = lane % 8 * (wide ? 16 : SCALES<T>);
-        Place stage;
+        Ring::Place stage;
 #pragma unroll 1
         for (int first = begin; first < end; first += TILES)
 #pragma unroll 1
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                         scales[r] = (const uint8_t *)p.W[row.m].scale + unit * SCALES<T> + scale_piece;
                     }
 #pragma unroll 1
-                    for (int unit = first_unit; unit < last_unit; unit += WARPS, stage.advance()) {
+                    for (int unit = first_unit; unit < last_unit; unit += WARPS, ring.advance(stage)) {
                         uint8_t *const to = stages + stage.slot * STAGE_BYTES<T>;
                         const int units = min(WARPS, last_unit - unit);
                         ring.begin_fill(stage);
@@ -189,7 +188,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
     const int code_lane = place_in_stage<4>(g, warp * 64 + 4 * t);    // of the unit's first 16 bytes
     const int scale_low = place_of_scales<T>(g, warp * SCALES<T>), scale_high = place_of_scales<T>(g + 8, warp * SCALES<T>);
     int turn = 0;
-    Place stage;
+    Ring::Place stage;
     double square[R] = {};
     for (int first = begin; first < end; first += TILES, turn ^= 1) {
         const int n_tiles = min(TILES, end - first);
@@ -216,7 +215,7 @@ __global__ void __launch_bounds__(32 * (WARPS + 1), 1) gemv_groups_kernel(const 
                 if (slab > 0)
                     for (int h = 0; h < PAIRS; h++) sum[h][0] = part[h * ROWS * SUMS], sum[h][1] = part[(h * ROWS + 8) * SUMS];
 #pragma unroll 1
-                for (int step = first_step; step < last_step; step++, stage.advance()) {
+                for (int step = first_step; step < last_step; step++, ring.advance(stage)) {
                     ring.begin_read(stage);
                     const int unit = step * WARPS + warp, group = unit * GROUPS - from / GROUP;
                     if (unit * UNIT<T> < in) {

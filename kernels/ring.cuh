@@ -1,39 +1,60 @@
-// ring.cuh - a ring of stages in shared memory: one warp fills it, the others read it, and nobody waits for more than a stage.
+// ring.cuh - a ring of stages in shared memory: some warps fill it, the others read it, and nobody waits for more than a stage.
 //
 // A stage has two barriers (mbarrier, PTX ISA).  `full`: every lane's copies are there; `free`: every reader is done.  Their phases are
-// odd and even by turns, one a time around.  A warp of its own asks for what comes: readers spend no instructions on it, and do not
+// odd and even by turns, one a time around.  Warps of their own ask for what comes: readers spend no instructions on it, and do not
 // stand still when the memory pipe takes no more.
 #pragma once
+#include <cuda.h>
 #include "gemv.cuh"
 
 namespace cuda {
 
-template <int STAGES, int AT_FIRST> struct Ring {    // AT_FIRST: stages on their way before the first one is read, at most
-    static constexpr int BYTES = 2 * STAGES * 8;    // of the barriers, at a multiple of 8
-    uint32_t barriers;                              // address in shared memory
-    struct Place {                                  // where a warp is
-        int slot = 0, time = 0;                     // time: around the ring
-        __device__ void advance() {
-            if (++slot == STAGES) slot = 0, time++;
-        }
+struct Ring {
+    uint32_t barriers;        // address in shared memory, of bytes(stages) at a multiple of 8
+    int stages, at_first;     // at_first: stages on their way before the first one is read, at most
+    HD static constexpr int bytes(int stages) { return 2 * stages * 8; }
+    struct Place {            // where a warp is
+        int slot = 0, time = 0;    // time: around the ring
     };
+    __device__ void advance(Place &p) const {
+        if (++p.slot == stages) p.slot = 0, p.time++;
+    }
     __device__ uint32_t full(int slot) const { return barriers + slot * 8; }
-    __device__ uint32_t free(int slot) const { return full(slot) + STAGES * 8; }
+    __device__ uint32_t free(int slot) const { return full(slot) + stages * 8; }
 
-    // By one thread, before the thread block meets.
-    __device__ void open(int readers) const {
-        for (int s = 0; s < STAGES; s++) {
-            asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(full(s)) : "memory");
+    // By one thread, before the thread block meets; so many threads fill it, so many warps read.
+    __device__ void open(int fillers, int readers) const {
+        for (int s = 0; s < stages; s++) {
+            asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(full(s)), "r"(fillers) : "memory");
             asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(free(s)), "r"(32 * readers) : "memory");
         }
     }
-    // The warp that fills: all lanes, copies by any of them in between.  The first time around it waits for what it asked for AT_FIRST
+    // A warp that fills: all lanes, copies by any of them in between.  The first time around it waits for what it asked for at_first
     // stages before: if all multiprocessors ask for whole rings at once, what comes from L2, x and the norm's weights, takes up to 4 us.
     __device__ void begin_fill(Place p) const {
-        if (p.time > 0) wait(free(p.slot), p.time - 1);
-        else if (p.slot >= AT_FIRST) wait(full(p.slot - AT_FIRST), 0);
+        if (p.time > 0) wait_free(p);
+        else if (p.slot >= at_first) wait(full(p.slot - at_first), 0);
     }
+    __device__ void wait_free(Place p) const { wait(free(p.slot), p.time - 1); }    // not the first time around
     __device__ void end_fill(Place p) const { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full(p.slot)) : "memory"); }
+    // In the place of copies and end_fill, by one thread: first how many bytes will come, then bulk copies of them.  Compute capability 9.0.
+    __device__ void expect(Place p, int bytes) const {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(full(p.slot)), "r"(bytes) : "memory");
+#endif
+    }
+    __device__ void copy_bulk(Place p, void *to, const void *from, int bytes) const {    // neighbouring bytes
+#if __CUDA_ARCH__ >= 900
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes),
+                     "r"(full(p.slot)) : "memory");
+#endif
+    }
+    __device__ void copy_box(Place p, void *to, const CUtensorMap &matrix, int column, int row) const {    // a box of a matrix, by any thread
+#if __CUDA_ARCH__ >= 900
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
+                     "l"(&matrix), "r"(column), "r"(row), "r"(full(p.slot)) : "memory");
+#endif
+    }
     // A warp that reads: every lane says that it has.  (One for all after __syncwarp is in order, too, and no faster; racecheck does not see it.)
     __device__ void begin_read(Place p) const { wait(full(p.slot), p.time); }
     __device__ void end_read(Place p) const { asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(free(p.slot)) : "memory"); }

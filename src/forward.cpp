@@ -20,11 +20,11 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
             op.attention(a.att, a.q, kv, l, a.k16, a.v16, b, Hq);
             op.kv_keep(kv, l, a.k16, a.v16, b);
         }
-        op.matmul_add(a.x, a.att, w.wo, N, Hq * d, D);
+        op.matmul_add(a.x, a.att, w.wo, N, Hq * d, D, {w.ffn_norm, c.norm_eps});
 
         // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)
         op.gated(a.gate, a.up, a.xn, a.x, {w.ffn_norm, c.norm_eps}, w.w_gate, w.w_up, N, D, F);
-        op.matmul_add(a.x, a.gate, w.w_down, N, F, D);
+        op.matmul_add(a.x, a.gate, w.w_down, N, F, D, l + 1 < c.n_layers ? Norm{m.layers[l + 1].attn_norm, c.norm_eps} : Norm{});
     }
     if (b.n_out > 0) {
         op.gather(a.x_out, a.x, b.out, b.n_out, D);

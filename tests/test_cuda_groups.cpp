@@ -131,7 +131,7 @@ TEST_CASE("cuda: matmul_add, qkv, gated and embed of q8 and q4") {
                         CHECK(agree(q.host(), of_a, A, out));
                         CHECK(agree(k.host(), of_k, B, kv_out));
                         CHECK(agree(v.host(), of_k, B, kv_out));
-                        gpu->matmul_add(sum.p, x.p, a.m, N, in, out);
+                        gpu->matmul_add(sum.p, x.p, a.m, N, in, out, {});
                         gpu->gated(gate.p, up.p, room.p, raw.p, norm, a.m, b.m, N, in, out);
                         const std::vector<float> sums = sum.host(), gates = gate.host();
                         bool added = true, within = true;

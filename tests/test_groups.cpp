@@ -137,7 +137,7 @@ TEST_CASE("matmul of q8 and q4: any number of threads and any neighbours, the op
         }
         omp_set_num_threads(threads);
         some = old;
-        cpu::matmul_add(some.data(), x.data(), W.m, N, in, out);
+        cpu::matmul_add(some.data(), x.data(), W.m, N, in, out, {});
         for (size_t i = 0; i < some.size(); i++) CHECK(some[i] == old[i] + all[i]);
 
         Rows rows;

@@ -124,7 +124,7 @@ TEST_CASE("matmul_add, qkv and gated are made of rmsnorm, matmul and swiglu, bit
                 return y;
             };
             std::vector<float> sum = old, added = product(x, A, out), a = product(n, A, out), b = product(n, B, out), c = product(n, C, kv_out);
-            cpu::matmul_add(sum.data(), x.data(), A.m, N, in, out);
+            cpu::matmul_add(sum.data(), x.data(), A.m, N, in, out, {});
             for (size_t i = 0; i < sum.size(); i++) CHECK(sum[i] == old[i] + added[i]);
             std::vector<float> q(a.size()), k(c.size()), v(c.size()), up(a.size());
             cpu::qkv(q.data(), k.data(), v.data(), xn.data(), x.data(), norm, A.m, C.m, C.m, N, in, out, kv_out);
