@@ -150,10 +150,11 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
     const int reach = f16_only ? parts_of(step.reach() * GROUPS, F16_WARPS, room) : parts_of(step.reach(), b.N <= FEW_ROWS ? BLOCKS_EACH : 1, room);
     const Work w = work_of(b.N, Hq, kv.d, room);
     uint8_t *const work = (uint8_t *)step.work;
-    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team};
-    if (!f16_only) return decode_codes(a);
-    if (Q == 1) return kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
-    kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);
+    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, leave_rows(b.N, Hq * kv.d)};
+    if (!f16_only) decode_codes(a);
+    else if (Q == 1) kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
+    else kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);
+    if (a.rows16.x) rows_left(y, nullptr, b.N, Hq * kv.d);
 }
 
 bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include "mma.cuh"
+#include "rows16.cuh"
 
 namespace cuda {
 
@@ -26,6 +26,7 @@ struct DecodeArgs {
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
     int room, reach;           // parts that a row and head can have; that those of this step can have
     int team;                  // warps that share a part of codes
+    Rows16 rows16;             // of y, for the product that is next; if wanted
     HD bool fresh() const { return k16 == nullptr; }
 };
 
@@ -255,8 +256,15 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
         Floats<C> f;
         for (int c = 0; c < C; c++) f.x[c] = x[c] * scale;
         *(Floats<C> *)(to + C * lane) = f;
+        return f;
     };
-    if (parts == 1) return store(a.y + query * D, o, 1.0f / l);
+    auto store_y = [&](const float (&x)[C], float scale) {
+        const Floats<C> f = store(a.y + query * D, x, scale);
+        if (!a.rows16.x) return;
+        const int n = (unsigned)query / (unsigned)a.Hq, k = ((unsigned)query % (unsigned)a.Hq) * D + C * lane;
+        for (int c = 0; c < C; c += 2) *a.rows16.pair(n, k + c) = pack(f.x[c], f.x[c + 1]);
+    };
+    if (parts == 1) return store_y(o, 1.0f / l);
     float2 *const ml = a.part_ml + query * a.room;
     float *const part_o = a.part_o + query * a.room * D;
     store(part_o + part * D, o, 1.0f);
@@ -291,7 +299,7 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
             for (int c = 0; c < C; c++) y[c] = fmaf(w, x[j].x[c], y[c]);
         }
     }
-    store(a.y + query * D, y, 1.0f / warp_sum(sum));
+    store_y(y, 1.0f / warp_sum(sum));
 }
 
 // Results of a thread block's warps: D sums of Q queries, then their (m, l), in shared memory.

@@ -32,6 +32,7 @@ struct Step {
     const SlotRows *on_slots;
     const RowTile *on_tiles;
     const int *on_last_pos;    // (N) position of the last row of the row's slot
+    void *rows16;              // what an op leaves for the next: rows16.cuh
     void *work;                // what one op needs while it runs: see work_bytes in cuda_ops.cu
     bool single_rows() const { return slots.size() == pos.size(); }    // every slot has one row: a decode step
     // At least as many blocks as a row sees; a power of two, because steps with different ones are recorded apart (cuda_ops.cu).

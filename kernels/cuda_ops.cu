@@ -5,8 +5,8 @@
    Memory    alloc takes from the device and says what was asked, free and there in all when it fails.
    A step    begin() copies the row arrays to the scratch, with what the kernels would otherwise have to search for: the rows of
              each slot, and row tiles (up to KV_BLOCK rows of one slot in one stretch of positions).
-   Scratch   [ (token slot pos first last_pos out) | slots | tiles | work ]   int32 arrays of N each, slots and tiles 2 N;
-             work is what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
+   Scratch   [ (token slot pos first last_pos out) | slots | tiles | rows16 | work ]   int32 arrays of N each, slots and tiles 2 N;
+             rows16 is what an op leaves for the next (rows16.cuh), work what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
    Graphs    Decode steps are recorded once and replayed, see replay().
    Tested by tests/test_cuda.cpp                                                                                     */
 #include <string>
@@ -22,7 +22,7 @@ const Ops *cuda_ops(std::string *why_not) {
 #endif
 #else
 #include <algorithm>
-#include "cuda.cuh"
+#include "rows16.cuh"
 
 namespace cuda {
 
@@ -203,7 +203,7 @@ constexpr int ROW_INTS = 10;    // of a row, in the arrays below
 static int64_t rows_bytes(int64_t N) { return ceil_div(N * ROW_INTS * (int64_t)sizeof(int), 256) * 256; }
 
 static int64_t scratch_bytes(const StepShape &shape) {
-    return rows_bytes(shape.N) + std::max({attention_work_bytes(shape), attention_decode_work_bytes(shape), matmul_work_bytes(shape)});
+    return rows_bytes(shape.N) + rows16_bytes(shape.N) + std::max({attention_work_bytes(shape), attention_decode_work_bytes(shape), matmul_work_bytes(shape)});
 }
 
 static Batch begin(const Batch &host, void *scratch) {
@@ -232,7 +232,8 @@ static Batch begin(const Batch &host, void *scratch) {
     step.on_device.out = put(host.out, host.n_out, N);
     step.on_slots = (const SlotRows *)put(step.slots.data(), 2 * (int)step.slots.size(), 2 * N);
     step.on_tiles = (const RowTile *)put(step.tiles.data(), 2 * (int)step.tiles.size(), 2 * N);
-    step.work = (uint8_t *)scratch + rows_bytes(N);
+    step.rows16 = (uint8_t *)scratch + rows_bytes(N);
+    step.work = (uint8_t *)step.rows16 + rows16_bytes(N);
     upload(scratch, ints.data(), ints.size() * sizeof(int));
     return step.on_device;
 }

@@ -29,43 +29,30 @@
 #include <algorithm>
 #include "gemv.cuh"
 #include "ring.cuh"
+#include "rows16.cuh"
 namespace cuda {
 
 constexpr int WARPS = 16;                 // that multiply
 constexpr int THREADS = 32 * (WARPS + 2);     // one more copies weights, one x
 constexpr int ROWS = 16;                  // of weights in a tile
 constexpr int TILES = 14;                 // of a thread block at a time, at most
-constexpr int STEP = 64;                  // inputs of a warp in a stage: 128 neighbouring bytes of a row
-constexpr int BLOCK = 32;                 // inputs of two mma
-constexpr int SQUARES = 16;               // inputs whose squares are added up first: a tile's outputs
+constexpr int STEP = ROW_STEP;            // inputs of a warp in a stage: 128 neighbouring bytes of a row
 constexpr int UNIT_BYTES = ROWS * STEP * 2;    // of weights, a warp's in a stage
 constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 6, LEAST_STAGES = 3;
-constexpr int AT_FIRST = 2;               // stages of weights on their way before x is there
 constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
 constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
 constexpr int AT_ONCE = 4;                // results of a thread
 constexpr int H100_SHARED = 227 * 1024;   // bytes of a thread block
 
-// Rows of x go by eights.  Their f16 g x lies as the tensor core takes it, in memory as in a stage: [block of 32 inputs][group][row][t], 16 bytes each,
-// the inputs 2t, 2t + 1 of every 8.
-HD constexpr int x_bytes(int groups) { return STEP / BLOCK * groups * 32 * 16; }    // of STEP inputs
 // Shared memory, where what begins, in bytes.
 template <int GROUPS> struct Shared {
     static constexpr int SQUARES_AT = GROUPS * 8 * SUM_PITCH * 4, BARRIERS = SQUARES_AT + SQUARE_SUMS * GROUPS * 8 * 8;
     static constexpr int RING = (BARRIERS + 2 * Ring::bytes(MOST_STAGES) + 1023) / 1024 * 1024;
 };
 struct Shares {
-    int tiles, parts;    // of a thread block's warps: outputs, and parts of the inputs
-    HD int stage_bytes(int groups) const { return parts * (tiles * UNIT_BYTES + x_bytes(groups)); }    // [part][tile] weights, [part] x
+    int tiles, parts, teams;    // of a thread block's warps: outputs, parts of a stage's inputs, and those that take stages in turns
+    HD int stage_bytes(int groups) const { return parts * (tiles * UNIT_BYTES + row16_bytes(groups)); }    // [part][tile] weights, [part] x
     int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes(4), MOST_STAGES); }
-};
-
-// What is made of x before it is multiplied: f16 g x, and of each row sums of squares.
-struct Rows16 {
-    uint4 *x;
-    float *squares;    // [SQUARES inputs][row]
-    static int64_t bytes(int rows, int in) { return ceil_div(in, STEP) * (x_bytes(rows / 8) + STEP / SQUARES * rows * (int64_t)sizeof(float)); }
-    static Rows16 at(void *p, int rows, int in) { return {(uint4 *)p, (float *)((uint8_t *)p + ceil_div(in, STEP) * x_bytes(rows / 8))}; }
 };
 
 // All thread blocks of a launch are at work at once (at most one a multiprocessor, and the next kernel's start after the last of these):
@@ -100,9 +87,9 @@ __device__ inline void fence_bulk() {
 
 // The thread block's part of x; 32 lanes 8 rows of a block of inputs.
 template <int GROUPS> __device__ inline void narrow_rows(Rows16 rows, Norm norm, const float *x, int N, int in) {
-    const int lane = threadIdx.x % 32, units = (in + STEP - 1) / STEP * (STEP / BLOCK) * GROUPS;
+    const int lane = threadIdx.x % 32, units = (in + STEP - 1) / STEP * (STEP / ROW_BLOCK) * GROUPS;
     for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < units; unit += gridDim.x * WARPS) {
-        const int n = unit % GROUPS * 8 + lane / 4, k = unit / GROUPS * BLOCK + lane % 4 * 2;
+        const int n = unit % GROUPS * 8 + lane / 4, k = unit / GROUPS * ROW_BLOCK + lane % 4 * 2;
         float2 v[4];
         float square[4];
         for (int i = 0; i < 4; i++) v[i] = n < N && k + 8 * i < in ? *(const float2 *)(x + (int64_t)n * in + k + 8 * i) : make_float2(0, 0);
@@ -123,7 +110,7 @@ template <int GROUPS> __device__ inline void narrow_rows(Rows16 rows, Norm norm,
 }
 // The same of one number; 16 lanes have SQUARES neighbouring k's of a row.  Sums of squares are made in the same order.
 template <int GROUPS> __device__ inline void narrow_result(Rows16 rows, bool normed, float v, float gain, int n, int k) {
-    ((__half *)rows.x)[((k / BLOCK * GROUPS + n / 8) * 32 + n % 8 * 4 + k % 8 / 2) * 8 + k % BLOCK / 8 * 2 + k % 2] = __float2half_rn(normed ? v * gain : v);
+    ((__half *)rows.pair(n, k & ~1))[k % 2] = __float2half_rn(normed ? v * gain : v);
     if (!normed) return;
     float square = __fmul_rn(v, v);
 #pragma unroll
@@ -158,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     auto round_at = [&](int round) { return begin + (int)((int64_t)(end - begin) * round / rounds); };
 
     const uint32_t barriers = (uint32_t)__cvta_generic_to_shared(shared + S::BARRIERS);
-    const Ring ring = {barriers, stages, AT_FIRST}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
+    const Ring ring = {barriers, stages, stages}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
     const int stage_bytes = shares.stage_bytes(GROUPS), x_at = parts * shares.tiles * UNIT_BYTES;
     uint8_t *const stage_0 = shared + S::RING;
     if (threadIdx.x == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);    // x has a stage's place when the weights have
@@ -201,10 +188,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         for (int round = 0; round < rounds; round++)
 #pragma unroll 1
             for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
-                const int bytes = min(parts, steps - turn * parts) * x_bytes(GROUPS);
+                const int bytes = min(parts, steps - turn * parts) * row16_bytes(GROUPS);
                 if (stage.time > 0) ring.wait_free(stage);
                 x_ring.expect(stage, bytes);
-                x_ring.copy_bulk(stage, stage_0 + stage.slot * stage_bytes + x_at, rows.x + turn * parts * (x_bytes(GROUPS) / 16), bytes);
+                x_ring.copy_bulk(stage, stage_0 + stage.slot * stage_bytes + x_at, rows.x + turn * parts * (row16_bytes(GROUPS) / 16), bytes);
             }
         return;
     }
@@ -221,14 +208,14 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     }
 
     // ---- products
-    const int g = lane / 4, t = lane % 4, part = warp / shares.tiles, my_tile = warp % shares.tiles;    // of a stage, this warp's
+    const int g = lane / 4, t = lane % 4, my_tile = warp % shares.tiles, part = warp / shares.tiles % parts, team = warp / shares.tiles / parts;
     // Results: a thread has output `out` of row x_row, of every `apart`-th of the thread block's tiles from tile_lane on.
     const int log_outs = p.gated ? 3 : 4, outs = 1 << log_outs, out = threadIdx.x & (outs - 1), x_row = threadIdx.x >> log_outs & (8 * GROUPS - 1);
     const int tile_lane = (threadIdx.x >> log_outs) / (8 * GROUPS), apart = (32 * WARPS >> log_outs) / (8 * GROUPS);
     float scale = 1;
-    Ring::Place stage;
+    Ring::Place first_stage;    // of the round
 #pragma unroll 1
-    for (int round = 0; round < rounds; round++) {
+    for (int round = 0; round < rounds; round++, ring.advance(first_stage, turns)) {
         const int from = round_at(round), n_tiles = round_at(round + 1) - from;
         float *to[AT_ONCE], old[AT_ONCE], gain[AT_ONCE];
         auto find_results = [&](int first) {
@@ -243,17 +230,19 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         };
         find_results(tile_lane);    // asked for early
         float sum[GROUPS][4] = {};
-        if (part < parts) {
+        if (team < shares.teams) {
+            Ring::Place stage = first_stage;
+            ring.advance(stage, team);
 #pragma unroll 1
-            for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
+            for (int turn = team; turn < turns; turn += shares.teams, ring.advance(stage, shares.teams)) {
                 x_ring.begin_read(stage);
                 ring.begin_read(stage);
                 if (my_tile < n_tiles && turn * parts + part < steps) {
                     const uint8_t *const here = stage_0 + stage.slot * stage_bytes;
-                    const uint4 *const v = (const uint4 *)(here + x_at + part * x_bytes(GROUPS)) + lane;
-                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + warp * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
+                    const uint4 *const v = (const uint4 *)(here + x_at + part * row16_bytes(GROUPS)) + lane;
+                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + (part * shares.tiles + my_tile) * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
 #pragma unroll
-                    for (int b = 0; b < STEP / BLOCK; b++) {
+                    for (int b = 0; b < STEP / ROW_BLOCK; b++) {
                         unsigned a[2][4];
                         for (int h = 0; h < 2; h++) load_matrices(a[h], row + ((b * 4 + h * 2 + lane / 16) ^ lane % 8) * 16);
 #pragma unroll
@@ -282,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         for (int first = tile_lane; first < n_tiles; first += AT_ONCE * apart) {
             if (first > tile_lane) find_results(first);
             float y[AT_ONCE] = {}, up[AT_ONCE] = {};
-            for (int q = 0; q < parts; q++)
+            for (int q = 0; q < parts * shares.teams; q++)
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++) {
                     const float *const at = sums + x_row * SUM_PITCH + (q * shares.tiles + min(first + j * apart, n_tiles - 1)) * ROWS + out;
@@ -301,17 +290,39 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 // Fixed by the number of tiles of weights, so that sums are.
 static Shares shares_of(int tiles) {
     const int most = (int)ceil_div(tiles, GPU_SMS);
-    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1};
-    while ((s.parts + 1) * s.tiles <= WARPS && Shares{s.tiles, s.parts + 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts++;
+    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1, 1};
+    while (2 * s.parts * s.tiles <= WARPS && Shares{s.tiles, 2 * s.parts, 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts *= 2;
+    s.teams = WARPS / (s.tiles * s.parts);
     return s;
 }
 
-// What the last launch left for the next one: where in step.work.
+constexpr int WIDEST = 1 << 16;    // inputs
+bool gemm_batch_serves(DType type, int N, int in) {
+    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && Shares{TILES, 1, 1}.stages(most_shared) >= LEAST_STAGES;
+}
+
+// ---- rows that are left for the next product ----
+static int64_t squares_at(int groups, int in) { return ceil_div(in, STEP) * row16_bytes(groups); }
+static int64_t slot_bytes() { return squares_at(BATCH_ROWS / 8, WIDEST) + WIDEST / SQUARES * BATCH_ROWS * (int64_t)sizeof(float); }
+int64_t rows16_bytes(int N) { return N > FEW_ROWS ? 2 * slot_bytes() : 0; }    // one is read while the other is written
+
 static struct {
     const float *x, *gain;
-    int N, in;
-    int64_t launch, begin, end;
+    int N, in, slot;
+    int64_t launch;
 } left;
+static Rows16 rows_in(int slot, int N, int in) {
+    const int groups = N <= 16 ? 2 : 4;
+    uint8_t *const at = (uint8_t *)step.rows16 + slot * slot_bytes();
+    return {(uint4 *)at, (float *)(at + squares_at(groups, in)), groups};
+}
+static Rows16 other_rows(int N, int in) { return rows_in(left.slot ^= 1, N, in); }
+Rows16 leave_rows(int N, int in) { return N > FEW_ROWS && in % STEP == 0 && gemm_batch_serves(DType::f16, N, in) ? other_rows(N, in) : Rows16{}; }
+void rows_left(const float *x, const float *gain, int N, int in) { left.x = x, left.gain = gain, left.N = N, left.in = in, left.launch = launches; }
+Rows16 left_rows(const float *x, const float *gain, int N, int in) {
+    const bool same = left.launch == launches && left.x == x && left.gain == gain && left.N == N && left.in == in;
+    return same ? rows_in(left.slot, N, in) : Rows16{};
+}
 
 // W (out,in) as a matrix of which boxes are copied; bytes of a row change places (swizzle of 128 bytes) so that rows meet all banks.
 static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
@@ -331,33 +342,22 @@ static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
 }
 
 template <int GROUPS> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
-    constexpr int ROUNDED = 8 * GROUPS;
     auto kernel = gemm_batch_kernel<GROUPS>;
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
     CUDA_CHECK(allowed);
-    const bool made = left.launch == launches && left.x == x && left.gain == p.norm.weight && left.N == N && left.in == in;
-    const int outs = p.outs();
-    const bool leaves = p.leaves && outs % STEP == 0;
-    auto rows_at = [&](int64_t at, int in) { return Rows16::at((uint8_t *)step.work + at, ROUNDED, in); };
-    if (!made) left.begin = 0, left.end = Rows16::bytes(ROUNDED, in);
-    const Rows16 rows = rows_at(left.begin, in);
-    if (leaves) {    // beside them
-        const int64_t bytes = Rows16::bytes(ROUNDED, outs);
-        left.begin = bytes <= left.begin ? 0 : left.end, left.end = left.begin + bytes;
-    }
+    Rows16 rows = left_rows(x, p.norm.weight, N, in);
+    const bool made = rows.x;
+    if (!made) rows = other_rows(N, in);
+    const Rows16 into = p.leaves ? leave_rows(N, p.out[0]) : Rows16{};
     const Shares s = shares_of(tiles_of(p));
     const int stages = s.stages(most_shared);
     Maps maps = {};
     for (int m = 0; m < MAX_PRODUCTS; m++)
         if (p.out[m] > 0) maps.of[m] = map_of(p.W[m], in, p.out[m], p.tile_outs(ROWS));
     launch(kernel, std::min(sm_count, tiles_of(p)), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes(GROUPS), p, maps, x, rows, made,
-           leaves ? rows_at(left.begin, outs) : Rows16{}, N, in, s, stages);
-    if (leaves) left.x = p.y[0], left.gain = p.next.weight, left.N = N, left.in = outs, left.launch = launches;
-}
-bool gemm_batch_serves(DType type, int N, int in) {
-    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && starts_early && Shares{TILES, 1}.stages(most_shared) >= LEAST_STAGES;
+           into, N, in, s, stages);
+    if (into.x) rows_left(p.y[0], p.next.weight, N, p.out[0]);
 }
 void gemm_batch(const Products &p, const float *x, int N, int in) { N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in); }
-int64_t gemm_batch_work_bytes(int in) { return 3 * Rows16::bytes(BATCH_ROWS, in); }
 }    // namespace cuda
 #endif

@@ -61,10 +61,8 @@ void gemv(const Products &p, const float *x, int N, int in);
 bool gemv_norms(DType type, int in);    // it takes the norm, too
 
 // gemm_batch.cu: up to BATCH_ROWS rows.  A row's bits do not depend on the others, but they are not gemv's.
-constexpr int BATCH_ROWS = 32;
 bool gemm_batch_serves(DType type, int N, int in);    // if all weights are of this type; it takes the norm, too
 void gemm_batch(const Products &p, const float *x, int N, int in);
-int64_t gemm_batch_work_bytes(int in);
 
 // Weights in q8 and q4: matmul_groups.cu.
 void gemv_groups(const Products &p, const float *x, int N, int in);

@@ -176,9 +176,7 @@ static void gemm(float *y, const void *x, const void *W, cudaDataType type, int 
 // Rows of x in 16 bits, made once for the products that share them; behind them a slab of q8 or q4 weights, widened to f16.
 constexpr int64_t SLAB_BYTES = (int64_t)32 << 20;    // stays in the L2 of an H100 between the two kernels that touch it
 static int64_t narrowed_bytes(int64_t n) { return ceil_div(n * 4, 256) * 256; }
-int64_t matmul_work_bytes(const StepShape &shape) {
-    return shape.N > FEW_ROWS ? std::max(narrowed_bytes((int64_t)shape.N * shape.widest) + SLAB_BYTES, gemm_batch_work_bytes(shape.widest)) : 0;
-}
+int64_t matmul_work_bytes(const StepShape &shape) { return shape.N > FEW_ROWS ? narrowed_bytes((int64_t)shape.N * shape.widest) + SLAB_BYTES : 0; }
 
 static void gemm_groups(float *y, Matrix W, int N, int in, int out, float beta) {
     f16 *const slab = (f16 *)((uint8_t *)step.work + narrowed_bytes((int64_t)N * in));
