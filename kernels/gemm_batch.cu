@@ -38,7 +38,7 @@ constexpr int ROWS = 16;                  // of weights in a tile
 constexpr int TILES = 14;                 // of a thread block at a time, at most
 constexpr int STEP = ROW_STEP;            // inputs of a warp in a stage: 128 neighbouring bytes of a row
 constexpr int UNIT_BYTES = ROWS * STEP * 2;    // of weights, a warp's in a stage
-constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 6, LEAST_STAGES = 3;
+constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 4, LEAST_STAGES = 3;
 constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
 constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
 constexpr int AT_ONCE = 4;                // results of a thread
@@ -50,7 +50,7 @@ template <int GROUPS> struct Shared {
     static constexpr int RING = (BARRIERS + 2 * Ring::bytes(MOST_STAGES) + 1023) / 1024 * 1024;
 };
 struct Shares {
-    int tiles, parts, teams;    // of a thread block's warps: outputs, parts of a stage's inputs, and those that take stages in turns
+    int tiles, parts;    // of a thread block's warps: outputs, and parts of a stage's inputs
     HD int stage_bytes(int groups) const { return parts * (tiles * UNIT_BYTES + row16_bytes(groups)); }    // [part][tile] weights, [part] x
     int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes(4), MOST_STAGES); }
 };
@@ -208,14 +208,14 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     }
 
     // ---- products
-    const int g = lane / 4, t = lane % 4, my_tile = warp % shares.tiles, part = warp / shares.tiles % parts, team = warp / shares.tiles / parts;
+    const int g = lane / 4, t = lane % 4, my_tile = warp % shares.tiles, part = warp / shares.tiles;    // of a stage, this warp's
     // Results: a thread has output `out` of row x_row, of every `apart`-th of the thread block's tiles from tile_lane on.
     const int log_outs = p.gated ? 3 : 4, outs = 1 << log_outs, out = threadIdx.x & (outs - 1), x_row = threadIdx.x >> log_outs & (8 * GROUPS - 1);
     const int tile_lane = (threadIdx.x >> log_outs) / (8 * GROUPS), apart = (32 * WARPS >> log_outs) / (8 * GROUPS);
     float scale = 1;
-    Ring::Place first_stage;    // of the round
+    Ring::Place stage;
 #pragma unroll 1
-    for (int round = 0; round < rounds; round++, ring.advance(first_stage, turns)) {
+    for (int round = 0; round < rounds; round++) {
         const int from = round_at(round), n_tiles = round_at(round + 1) - from;
         float *to[AT_ONCE], old[AT_ONCE], gain[AT_ONCE];
         auto find_results = [&](int first) {
@@ -230,17 +230,15 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         };
         find_results(tile_lane);    // asked for early
         float sum[GROUPS][4] = {};
-        if (team < shares.teams) {
-            Ring::Place stage = first_stage;
-            ring.advance(stage, team);
+        if (part < parts) {
 #pragma unroll 1
-            for (int turn = team; turn < turns; turn += shares.teams, ring.advance(stage, shares.teams)) {
+            for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
                 x_ring.begin_read(stage);
                 ring.begin_read(stage);
                 if (my_tile < n_tiles && turn * parts + part < steps) {
                     const uint8_t *const here = stage_0 + stage.slot * stage_bytes;
                     const uint4 *const v = (const uint4 *)(here + x_at + part * row16_bytes(GROUPS)) + lane;
-                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + (part * shares.tiles + my_tile) * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
+                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + warp * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
 #pragma unroll
                     for (int b = 0; b < STEP / ROW_BLOCK; b++) {
                         unsigned a[2][4];
@@ -271,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         for (int first = tile_lane; first < n_tiles; first += AT_ONCE * apart) {
             if (first > tile_lane) find_results(first);
             float y[AT_ONCE] = {}, up[AT_ONCE] = {};
-            for (int q = 0; q < parts * shares.teams; q++)
+            for (int q = 0; q < parts; q++)
 #pragma unroll
                 for (int j = 0; j < AT_ONCE; j++) {
                     const float *const at = sums + x_row * SUM_PITCH + (q * shares.tiles + min(first + j * apart, n_tiles - 1)) * ROWS + out;
@@ -290,15 +288,14 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 // Fixed by the number of tiles of weights, so that sums are.
 static Shares shares_of(int tiles) {
     const int most = (int)ceil_div(tiles, GPU_SMS);
-    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1, 1};
-    while (2 * s.parts * s.tiles <= WARPS && Shares{s.tiles, 2 * s.parts, 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts *= 2;
-    s.teams = WARPS / (s.tiles * s.parts);
+    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1};
+    while ((s.parts + 1) * s.tiles <= WARPS && Shares{s.tiles, s.parts + 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts++;
     return s;
 }
 
 constexpr int WIDEST = 1 << 16;    // inputs
 bool gemm_batch_serves(DType type, int N, int in) {
-    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && Shares{TILES, 1, 1}.stages(most_shared) >= LEAST_STAGES;
+    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && Shares{TILES, 1}.stages(most_shared) >= LEAST_STAGES;
 }
 
 // ---- rows that are left for the next product ----

@@ -16,8 +16,8 @@ struct Ring {
     struct Place {            // where a warp is
         int slot = 0, time = 0;    // time: around the ring
     };
-    __device__ void advance(Place &p, int n = 1) const {
-        for (p.slot += n; p.slot >= stages; p.slot -= stages) p.time++;
+    __device__ void advance(Place &p) const {
+        if (++p.slot == stages) p.slot = 0, p.time++;
     }
     __device__ uint32_t full(int slot) const { return barriers + slot * 8; }
     __device__ uint32_t free(int slot) const { return full(slot) + stages * 8; }
