@@ -75,9 +75,6 @@ __device__ inline void meet_blocks() {
     meet_readers<WARPS>();
 }
 
-// The warps that multiply let the one that copies x begin.
-__device__ inline void meet_copier() { asm volatile("bar.sync 2, %0;" ::"n"(32 * (WARPS + 1)) : "memory"); }
-
 // What was written to memory is seen by bulk copies, too.
 __device__ inline void fence_bulk() {
 #if __CUDA_ARCH__ >= 900
@@ -148,7 +145,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     const Ring ring = {barriers, stages, stages}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
     const int stage_bytes = shares.stage_bytes(GROUPS), x_at = parts * shares.tiles * UNIT_BYTES;
     uint8_t *const stage_0 = shared + S::RING;
-    if (threadIdx.x == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);    // x has a stage's place when the weights have
+    if (threadIdx.x == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);    // x has a stage's place when the weights have,
+    constexpr Ring::Place all_made = {0, 1};    // and so this tells the warp that copies x when to begin
     __syncthreads();
 
     // ---- weights: a lane copies a tile's
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 
     // ---- x: a thread copies what all thread blocks have made
     if (warp == WARPS + 1) {
-        if (!made) meet_copier();
+        if (!made) x_ring.wait_free(all_made);
         if (lane > 0) return;
         fence_bulk();
         Ring::Place stage;
@@ -199,7 +197,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         narrow_rows<GROUPS>(rows, p.norm, x, N, in);
         fence_bulk();
         meet_blocks();
-        meet_copier();
+        if (warp == 0) x_ring.end_read(all_made);
     }
     if (p.norm.weight && threadIdx.x < SQUARE_SUMS * 8 * GROUPS) {
         double sum = 0;
