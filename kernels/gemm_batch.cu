@@ -3,27 +3,27 @@
    y[n,o] = s[n] sum_i W[o,i] (g[i] x[n,i])          letters as in gemv.cu; norm, add and gated happen here, too
 
    Math      Tensor cores, m16n8k16: 16 rows of W times 8 rows of x; g x is rounded to f16, sums are f32, s comes last.
-   Order     A cluster of thread blocks shares the inputs of its outputs: each adds up a range of them from left to right, then these
-             sums are added in the order of the ranges.  Fixed by in and out: a row has the same bits in every step of 9 to 32 rows.
-   Work      Weights are read once, but x by everybody who has other outputs: beside a weight's 2 bytes, 4 N / (outputs at a time) come
-             from L2.  So a thread block has up to 224 outputs at a time, and where a matrix is too small for that on every
-             multiprocessor, 2 or 4 thread blocks share them, each with a part of the inputs (cluster_of).
-   Layout    A warp takes 128 inputs of a tile of 16 outputs at a time, through a ring in shared memory that is filled before the
-             kernel that makes x is done.  Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs 8t ... 8t + 7 of a block of
-             32, of rows g and g + 8: two mma.  x becomes f16 a step ahead and lies as the tensor core takes it.
-   Cost      Llama-3-8B, 32 rows, ncu: gate and up 91 us (77 at the read bandwidth), down 52 (38), qkv 29 (16), wo 23 (11); without
-             products and x, weights alone, 88, 50, 28 and 21.  Clusters of 4 take 120 of an H100's 132 multiprocessors.
-             In a step of 32 sequences (clocks read in the kernels), from one kernel's x to the next one's: gate and up 85 us, down 54, qkv
-             22, wo 24.  Of down: 2.8 until the first products, 38 at 2.7 TB/s, 5 until a cluster has added up, up to 7 more for
-             clusters whose multiprocessors the kernel before left last.
-             Tried: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; 8 thread blocks a cluster: an H100
-             has no place for 16 of those, and two rounds take twice as long; clusters of 2 (3,797 tok/s for 4,124); thread blocks of
-             half a multiprocessor (113 KB, 8 warps of two tiles, stages of 64 inputs, x a step of 128 ahead), so that the next kernel's
-             fill their ring beside them: 94, 69, 36 and 29 us alone, and 3,918 tok/s for 4,144 (3,775 if those start at once); asking for
-             the first 8, 16 or 32 MB of the next product's weights to come to L2 once all of the own are asked for: 4,043, 4,039 and
-             3,955 tok/s for 4,085; weights copied by 8 warps of their own (ring.cuh): 4,064 for 4,177;
-             one stage asked for before x is there, the others after: 4,035 and 4,059 for 4,154 and 4,165.
-   Limits    9 <= N <= 32; f16 weights, in a multiple of 8, all of it aligned to 16 bytes; |g x| < 65,520; a thread block of 227 KB.
+   Order     A warp adds up every so many-th 64 inputs from left to right, then the parts of a tile's warps are added in their order.
+             Fixed by in and out: a row has the same bits in every step of 9 to 32 rows.
+   Work      Weights are read once, but x by everybody who has other outputs: as f16, in the order in which the tensor core takes it, it
+             costs next to nothing (copies alone, gate and up of Llama-3-8B: weights 77.1 us, with x 77.7, with x in f32 102.6).  So whoever
+             makes x leaves it like that (rows16.cuh); if nobody did, the thread blocks make it together, and meet.
+   Layout    A stage of the ring (ring.cuh) has 64 inputs of a tile of 16 outputs for each warp, and their x.  One warp asks for weights, before
+             the kernel that makes x is done, one thread for x: bulk copies, weights as boxes of a matrix (tensor maps, CUDA driver
+             API), so that those 16 warps only multiply.  Rows of a box change places so that they meet all banks.
+   Cost      In a step of 32 sequences of Llama-3-8B (clocks read in the kernels), us from one kernel's x to the next one's: gate and up 85 (77 at
+             the read bandwidth), down 47 (38), qkv 21 (16), wo 19 (11); 4,483 to 4,521 tok/s at 4k (nsn2b), 4,242 to 4,260 when clusters of
+             thread blocks shared the inputs and each made its x f16 for itself.  (Clocks are of the version with two stages before x.)
+             What is left: 2 to 3 us until the first products, 1.3 to 3.2 after the last; thread blocks that start late have an empty ring.
+             Tried: cp.async in the place of bulk copies, by the 16 warps 4,119 tok/s for 4,149; by two warps of their own 3,927 for 4,124, by three
+             4,051 for 4,186: asking is what takes so long; x of wo made by all thread blocks, which meet, and not by attention: 4,311 for 4,341.  x copied by halves or sixteenths (wrong), nothing multiplied (wrong): no faster, so neither
+             limits.  Two stages of weights before x is there: 4,341 for 4,380; one 4,056.  Twelve stages, so fewer warps a tile: 4,286 for 5,176
+             (depth 64, f16), nine 5,135, four 5,206.  Memory asked for by 128 bytes, not 256: 4,997 for 5,176.  Two teams of warps that take stages
+             in turns: 4,344 for 4,392, and wrong where a stage's next reader comes before the last one is done.
+             Tried before: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; thread blocks of half a multiprocessor,
+             so that the next kernel's fill their ring beside them: 3,918 tok/s for 4,144; asking for the first 8, 16 or 32 MB of the next
+             product's weights to come to L2: 4,043, 4,039 and 3,955 tok/s for 4,085.
+   Limits    9 <= N <= 32; f16 weights, in a multiple of 8, at most 65,536, all of it aligned to 16 bytes; |g x| < 65,520; compute capability 9.0.
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -129,7 +129,8 @@ struct Maps { CUtensorMap of[MAX_PRODUCTS]; };    // the matrices; boxes of a ti
 
 // `made`: rows has g x already; into: where the next product wants its own, if not null.
 template <int GROUPS>
-__global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, const float *x, const __grid_constant__ Rows16 rows, bool made,
+__global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, const float *x,
+                                                                const __grid_constant__ Rows16 rows, bool made,
                                                                 const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages) {
     using S = Shared<GROUPS>;
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -151,8 +152,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 
     // ---- weights: a lane copies a tile's
     if (warp == WARPS) {
+#if __CUDA_ARCH__ >= 900
         if (lane == 0)
             for (const CUtensorMap &map : maps.of) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
         Ring::Place stage;
 #pragma unroll 1
         for (int round = 0; round < rounds; round++) {
@@ -277,7 +280,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
             for (int j = 0; j < AT_ONCE; j++) {
                 const float v = p.gated ? silu(y[j] * scale) * (up[j] * scale) : old[j] + y[j] * scale;
                 if (to[j]) *to[j] = v;
-                if (into.x && first + j * apart < n_tiles) narrow_result<GROUPS>(into, p.next.weight, to[j] ? v : 0.0f, gain[j], x_row, ((from + first + j * apart) << log_outs) + out);
+                const int tile = first + j * apart;
+                if (into.x && tile < n_tiles) narrow_result<GROUPS>(into, p.next.weight, to[j] ? v : 0.0f, gain[j], x_row, ((from + tile) << log_outs) + out);
             }
         }
     }
@@ -330,8 +334,8 @@ static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
     CUtensorMap map;
     const cuuint64_t size[2] = {(cuuint64_t)in, (cuuint64_t)out}, pitch[1] = {(cuuint64_t)in * sizeof(f16)};
     const cuuint32_t box[2] = {STEP, (cuuint32_t)box_rows}, stride[2] = {1, 1};
-    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)W.data, size, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)W.data, size, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (error != CUDA_SUCCESS) fail("GPU: a matrix of %d x %d has no tensor map: error %d", out, in, (int)error);
     return map;
 }

@@ -228,7 +228,9 @@ static void multiply(Products p, int n_products, const float *x, int N, int in, 
 }
 
 void matmul(float *y, const float *x, Matrix W, int N, int in, int out) { multiply({{W}, {y}, {out}}, 1, x, N, in); }
-void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm next) { multiply({{W}, {y}, {out}, true, false, {}, next.weight != nullptr, next}, 1, x, N, in); }
+void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm next) {
+    multiply({{W}, {y}, {out}, true, false, {}, next.weight != nullptr, next}, 1, x, N, in);
+}
 void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
     multiply({{Wq, Wk, Wv}, {q, k, v}, {q_out, kv_out, kv_out}, false, false, norm}, 3, x, N, in, xn);
 }

@@ -82,7 +82,7 @@ struct Ops {
     void (*gather)   (float *y, const float *x, const int *row, int n_rows, int D);          // y[i,:] = x[row[i],:]
     void (*rmsnorm)  (float *y, const float *x, const float *w, float eps, int N, int D);    // y = w * x / rms(x)
     void (*matmul)   (float *y, const float *x, Matrix W, int N, int in, int out);           // y (N,out) = x (N,in) W^T
-    void (*matmul_add)(float *y, const float *x, Matrix W, int N, int in, int out, Norm next);    // y += x W^T; next: what normalises y next, {} if nobody knows
+    void (*matmul_add)(float *y, const float *x, Matrix W, int N, int in, int out, Norm next);    // y += x W^T; next: the norm of y that comes next, or {}
     // Products that share n = rmsnorm(x), so that a backend may do them together; xn (N,in) is room for n:  q (N,q_out),
     // k, v (N,kv_out);  gate (N,out) = silu(n Wgate^T) * (n Wup^T), up (N,out) is room for the second product.
     void (*qkv)      (float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out);

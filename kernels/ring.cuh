@@ -45,14 +45,14 @@ struct Ring {
     }
     __device__ void copy_bulk(Place p, void *to, const void *from, int bytes) const {    // neighbouring bytes
 #if __CUDA_ARCH__ >= 900
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes),
-                     "r"(full(p.slot)) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+                     "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(full(p.slot)) : "memory");
 #endif
     }
     __device__ void copy_box(Place p, void *to, const CUtensorMap &matrix, int column, int row) const {    // a box of a matrix, by any thread
 #if __CUDA_ARCH__ >= 900
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"((uint32_t)__cvta_generic_to_shared(to)),
-                     "l"(&matrix), "r"(column), "r"(row), "r"(full(p.slot)) : "memory");
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+                     "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(&matrix), "r"(column), "r"(row), "r"(full(p.slot)) : "memory");
 #endif
     }
     // A warp that reads: every lane says that it has.  (One for all after __syncwarp is in order, too, and no faster; racecheck does not see it.)
