@@ -16,7 +16,8 @@
              thread blocks shared the inputs and each made its x f16 for itself.  (Clocks are of the version with two stages before x.)
              What is left: 2 to 3 us until the first products, 1.3 to 3.2 after the last; thread blocks that start late have an empty ring.
              Tried: cp.async in the place of bulk copies, by the 16 warps 4,119 tok/s for 4,149; by two warps of their own 3,927 for 4,124, by three
-             4,051 for 4,186: asking is what takes so long; x of wo made by all thread blocks, which meet, and not by attention: 4,311 for 4,341.  x copied by halves or sixteenths (wrong), nothing multiplied (wrong): no faster, so neither
+             4,051 for 4,186: asking is what takes so long; x of wo made by all thread blocks, which meet, and not by attention: 4,311 for 4,341.
+             x copied by halves or sixteenths (wrong), nothing multiplied (wrong): no faster, so neither
              limits.  Two stages of weights before x is there: 4,341 for 4,380; one 4,056.  Twelve stages, so fewer warps a tile: 4,286 for 5,176
              (depth 64, f16), nine 5,135, four 5,206.  Memory asked for by 128 bytes, not 256: 4,997 for 5,176.  Two teams of warps that take stages
              in turns: 4,344 for 4,392, and wrong where a stage's next reader comes before the last one is done.
