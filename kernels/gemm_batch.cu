@@ -24,7 +24,8 @@
              Tried before: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; thread blocks of half a multiprocessor,
              so that the next kernel's fill their ring beside them: 3,918 tok/s for 4,144; asking for the first 8, 16 or 32 MB of the next
              product's weights to come to L2: 4,043, 4,039 and 3,955 tok/s for 4,085.
-   Limits    9 <= N <= 32; f16 weights, in a multiple of 8, at most 65,536, all of it aligned to 16 bytes; |g x| < 65,520; compute capability 9.0.
+   Limits    9 <= N <= 32; f16 weights, in a multiple of 8, at most 65,536, all of it aligned to 16 bytes; |g x| < 65,520; compute capability 9.0, 227 KB of
+             shared memory a thread block.
    Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -39,7 +40,7 @@ constexpr int ROWS = 16;                  // of weights in a tile
 constexpr int TILES = 14;                 // of a thread block at a time, at most
 constexpr int STEP = ROW_STEP;            // inputs of a warp in a stage: 128 neighbouring bytes of a row
 constexpr int UNIT_BYTES = ROWS * STEP * 2;    // of weights, a warp's in a stage
-constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 4, LEAST_STAGES = 3;
+constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 4;
 constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
 constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
 constexpr int AT_ONCE = 4;                // results of a thread
@@ -298,7 +299,7 @@ static Shares shares_of(int tiles) {
 
 constexpr int WIDEST = 1 << 16;    // inputs
 bool gemm_batch_serves(DType type, int N, int in) {
-    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && Shares{TILES, 1}.stages(most_shared) >= LEAST_STAGES;
+    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && most_shared >= H100_SHARED;
 }
 
 // ---- rows that are left for the next product ----
@@ -329,7 +330,11 @@ static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
     static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
     if (!encode) {
         cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
         CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
+#else
+        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found));
+#endif
         if (!encode) fail("GPU: the driver has no cuTensorMapEncodeTiled: too old");
     }
     CUtensorMap map;
