@@ -12,6 +12,11 @@
 // Source: NSNQuant (arXiv 2505.18231), sections 3 and 4.  s1 and mean are rounded before the next step uses them, so later
 // steps absorb their rounding.
 //
+// Sums are made row by row or channel by channel, in order, whatever the lanes are: 8 rows, or the 64 tokens of a channel.
+//
+// Cost    a block of 128 channels, one thread of an EPYC with AVX-512, us: nsn1 35, nsn2 34, nsn2b 37, nsn4b 54.  91, 95, 134 and 209 when
+//         lanes were codewords of which the nearest was looked for afterwards, and a row's sum was one chain of additions.
+//
 // What is not a number: a block with a NaN or an infinity gets s1_min = NaN, so every row read from it is NaN and the
 // logits tell.  A row that is all zero after step 1 or 2, or whose codewords point away from it (<x,q> <= 0), gets s2' = 0.
 #pragma once
@@ -61,25 +66,36 @@ struct SearchBook {
     }
 };
 
-// The nearest of 256 codewords to x (C).  All exact in order: 16 running minima, then the lowest of them.
-template <int C> inline int nearest(const SearchBook &book, const float *x) {
-    f32x16 best = splat16(INFINITY), at = splat16(0);
-    for (int k = 0; k < 256; k += LANES) {
-        f32x16 score = load16(book.half_norm + k);
-        for (int c = 0; c < C; c++) add_product(score, splat16(-x[c]), load16(book.w[c] + k));
-        for (int i = 0; i < PARTS; i++) {
-            const vni less = score.part[i] < best.part[i];
-            best.part[i] = (vn)(((vni)score.part[i] & less) | ((vni)best.part[i] & ~less));
-            at.part[i] = (vn)(((vni)((float)k - vn{}) & less) | ((vni)at.part[i] & ~less));
-        }
+// The nearest of 256 codewords to each of 16 G vectors; x (C, KV_BLOCK).  A lane is a vector and meets the codewords in order, so that the
+// first of several that are equally near stays.
+template <int C, int G> inline void nearest_of(uint8_t *code, const SearchBook &book, const float *x) {
+    f32x16 minus_x[G][C], best[G];
+    vni at[G][PARTS] = {}, here = {};    // here: k in all lanes
+    for (int g = 0; g < G; g++) {
+        best[g] = splat16(INFINITY);
+        for (int c = 0; c < C; c++) minus_x[g][c] = splat16(-1.0f) * load16(x + c * KV_BLOCK + g * LANES);
     }
-    float value[LANES], block[LANES];
-    store16(value, best);
-    store16(block, at);
-    int lane = 0;
-    for (int i = 1; i < LANES; i++)
-        if (value[i] < value[lane] || (value[i] == value[lane] && block[i] + i < block[lane] + lane)) lane = i;
-    return (int)block[lane] + lane;
+    for (int k = 0; k < 256; k++, here += 1)
+        for (int g = 0; g < G; g++) {
+            f32x16 score = splat16(book.half_norm[k]);
+            for (int c = 0; c < C; c++) add_product(score, minus_x[g][c], splat16(book.w[c][k]));
+            for (int i = 0; i < PARTS; i++) {
+                const vni less = score.part[i] < best[g].part[i];
+                at[g][i] = less ? here : at[g][i], best[g].part[i] = less ? score.part[i] : best[g].part[i];
+            }
+        }
+    for (int g = 0; g < G; g++)
+        for (int n = 0; n < LANES; n++) code[g * LANES + n] = (uint8_t)at[g][n / NATIVE][n % NATIVE];
+}
+template <int C> inline void nearest_of_block(uint8_t *code, const SearchBook &book, const float *x) {
+    constexpr int G = PARTS > 1 ? 1 : C == 8 ? 2 : 4;    // what registers hold
+    for (int t = 0; t < KV_BLOCK; t += G * LANES) nearest_of<C, G>(code + t, book, x + t);
+}
+// Of KV_BLOCK vectors, x (book.channels, KV_BLOCK).
+inline void nearest(uint8_t *code, const SearchBook &book, const float *x) {
+    if (book.channels == 8) nearest_of_block<8>(code, book, x);
+    else if (book.channels == 4) nearest_of_block<4>(code, book, x);
+    else nearest_of_block<2>(code, book, x);
 }
 
 inline const SearchBook &search_book(int channels, bool magnitudes) {
@@ -110,19 +126,21 @@ inline void nsn_seal(const NsnFields &f, const f16 *rows, const SealPlace &p) {
     const float root = std::sqrt((float)d);
     const bool pre_rope = !(p.ablate & NO_PRE_ROPE);
     float x[KV_BLOCK * MAX_HEAD_DIM], s1[KV_BLOCK], s2[KV_BLOCK], mean[MAX_HEAD_DIM];
-    bool finite = true;
-    for (int i = 0; i < KV_BLOCK * d; i++) {
-        x[i] = to_f32(rows[i]);
-        finite = finite && std::isfinite(x[i]);
-    }
-    if (!finite) {
+    int infinite = 0;
+    for (int i = 0; i < KV_BLOCK * d; i += LANES) store16(x + i, load16(rows + i));
+    for (int i = 0; i < KV_BLOCK * d; i++) infinite |= !(std::fabs(x[i]) < INFINITY);
+    if (infinite) {
         f.s1->min = to_f16(NAN);
         return;
     }
-    auto norm = [&](const float *v) {
-        double sum = 0;
-        for (int c = 0; c < d; c++) sum += (double)v[c] * v[c];
-        return (float)std::sqrt(sum) / root;
+    constexpr int AT_ONCE = 8;    // rows whose sums do not wait for each other
+    auto norms = [&](float *s) {
+        for (int t = 0; t < KV_BLOCK; t += AT_ONCE) {
+            double sum[AT_ONCE] = {};
+            for (int c = 0; c < d; c++)
+                for (int i = 0; i < AT_ONCE; i++) sum[i] += (double)x[(t + i) * d + c] * x[(t + i) * d + c];
+            for (int i = 0; i < AT_ONCE; i++) s[t + i] = (float)std::sqrt(sum[i]) / root;
+        }
     };
     auto turn = [&](float *v, int t) {
         for (int j = 0; j < d / 2; j++) {
@@ -137,46 +155,58 @@ inline void nsn_seal(const NsnFields &f, const f16 *rows, const SealPlace &p) {
         for (int t = 0; t < KV_BLOCK; t++) turn(x + t * d, t);
 
     // 1 and 2
-    for (int t = 0; t < KV_BLOCK; t++) s1[t] = p.ablate & NO_FIRST_NORM ? 1.0f : norm(x + t * d);
+    if (p.ablate & NO_FIRST_NORM) std::fill(s1, s1 + KV_BLOCK, 1.0f);
+    else norms(s1);
     round_4bit(f.s1->code, f.s1->step, f.s1->min, s1, KV_BLOCK);
     for (int t = 0; t < KV_BLOCK; t++) {
         const float s = f.s1->at(t), inverse = s > 0 ? 1.0f / s : 0.0f;
         for (int c = 0; c < d; c++) x[t * d + c] *= inverse;
     }
-    for (int c = 0; c < d; c++) {
-        double sum = 0;
-        for (int t = 0; t < KV_BLOCK; t++) sum += x[t * d + c];
-        mean[c] = p.ablate & NO_SHIFT ? 0.0f : (float)(sum / KV_BLOCK);
-    }
+    double sum[MAX_HEAD_DIM] = {};
+    for (int t = 0; t < KV_BLOCK; t++)
+        for (int c = 0; c < d; c++) sum[c] += x[t * d + c];
+    for (int c = 0; c < d; c++) mean[c] = p.ablate & NO_SHIFT ? 0.0f : (float)(sum[c] / KV_BLOCK);
     for (int g = 0; g < (d + 31) / 32; g++) round_4bit(f.mean + g * 16, f.mean_step[g], f.mean_min[g], mean + g * 32, std::min(32, d - g * 32));
     for (int c = 0; c < d; c++) mean[c] = f.mean_at(c);
 
-    const SearchBook &book = search_book(C, f.sign);
+    // 3 to 5, the Hadamard transform with a channel's 64 tokens side by side
+    for (int t = 0; t < KV_BLOCK; t++)
+        for (int c = 0; c < d; c++) x[t * d + c] -= mean[c];
+    norms(s2);
     for (int t = 0; t < KV_BLOCK; t++) {
-        // 3 to 5
-        float *xt = x + t * d;
-        for (int c = 0; c < d; c++) xt[c] -= mean[c];
-        const float s = norm(xt);
-        s2[t] = 0;
-        if (!(s > 0)) continue;
-        for (int c = 0; c < d; c++) xt[c] /= s;
-        if (p.key && pre_rope) turn(xt, t);
-        if (!(p.ablate & NO_HADAMARD)) hadamard(xt, d);
-        // 6 and 7
-        double xx = 0, xq = 0;
-        for (int j = 0; j < d / C; j++) {
-            float *y = xt + j * C;
-            if (f.sign)
-                for (int c = 0; c < C; c++) {
-                    f.sign[t * (d / 8) + j] |= (uint8_t)((y[c] < 0) << c);
-                    y[c] = std::fabs(y[c]);
-                }
-            const int k = C == 8 ? nearest<8>(book, y) : C == 4 ? nearest<4>(book, y) : nearest<2>(book, y);
-            f.code[t * (d / C) + j] = (uint8_t)k;
-            for (int c = 0; c < C; c++) xx += (double)y[c] * y[c], xq += (double)y[c] * book.w[c][k];
-        }
-        if (xq > 0) s2[t] = s * (float)(p.ablate & NO_SCALE ? 1.0 : std::pow(xx / xq, (double)p.exponent));
+        for (int c = 0; c < d && s2[t] > 0; c++) x[t * d + c] /= s2[t];
+        if (p.key && pre_rope) turn(x + t * d, t);
     }
+    float y[MAX_HEAD_DIM * KV_BLOCK];
+    for (int c = 0; c < d; c++)
+        for (int t = 0; t < KV_BLOCK; t++) y[c * KV_BLOCK + t] = x[t * d + c];
+    if (!(p.ablate & NO_HADAMARD)) hadamard_rows(y, d, KV_BLOCK);
+
+    // 6 and 7
+    const SearchBook &book = search_book(C, f.sign);
+    const int n_codes = d / C;
+    double xx[KV_BLOCK] = {}, xq[KV_BLOCK] = {};
+    for (int j = 0; j < n_codes; j++) {
+        float *yj = y + j * C * KV_BLOCK;
+        uint8_t code[KV_BLOCK], sign[KV_BLOCK] = {};
+        for (int c = 0; c < C && f.sign; c++)
+            for (int t = 0; t < KV_BLOCK; t++) {
+                float &v = yj[c * KV_BLOCK + t];
+                sign[t] |= (uint8_t)((v < 0) << c), v = std::fabs(v);
+            }
+        nearest(code, book, yj);
+        for (int c = 0; c < C; c++)
+            for (int t = 0; t < KV_BLOCK; t++) {
+                const double v = yj[c * KV_BLOCK + t];
+                xx[t] += v * v, xq[t] += v * book.w[c][code[t]];
+            }
+        for (int t = 0; t < KV_BLOCK; t++) {
+            f.code[t * n_codes + j] = s2[t] > 0 ? code[t] : 0;
+            if (f.sign) f.sign[t * n_codes + j] = s2[t] > 0 ? sign[t] : 0;
+        }
+    }
+    for (int t = 0; t < KV_BLOCK; t++)
+        s2[t] = s2[t] > 0 && xq[t] > 0 ? s2[t] * (float)(p.ablate & NO_SCALE ? 1.0 : std::pow(xx[t] / xq[t], (double)p.exponent)) : 0.0f;
     if (f.s2_f16) store_scales(*f.s2_f16, s2);
     else store_scales(*f.s2_log8, s2);
 }

@@ -148,30 +148,44 @@ TEST_CASE("a block made of codewords comes back with its codes") {
     for (KvFormat format : {KvFormat::nsn1, KvFormat::nsn2b, KvFormat::nsn4b}) {
         const int d = 64, C = format == KvFormat::nsn1 ? 8 : format == KvFormat::nsn2b ? 4 : 2;
         const SearchBook &book = search_book(C, false);
-        for (int k = 0; k < 256; k++) {
-            float w[8];
-            for (int c = 0; c < C; c++) w[c] = book.w[c][k];
-            CHECK((C == 8 ? nearest<8>(book, w) : C == 4 ? nearest<4>(book, w) : nearest<2>(book, w)) == k);
+        for (int k0 = 0; k0 < 256; k0 += KV_BLOCK) {
+            std::vector<float> w;
+            for (int c = 0; c < C; c++) w.insert(w.end(), book.w[c] + k0, book.w[c] + k0 + KV_BLOCK);
+            uint8_t code[KV_BLOCK];
+            nearest(code, book, w.data());
+            for (int i = 0; i < KV_BLOCK; i++) CHECK(code[i] == k0 + i);
         }
         CHECK(d % C == 0);
     }
     // nearest() against the plain loop over f64 distances
     for (int C : {8, 4, 2})
-        for (int i = 0; i < 2000; i++) {
-            const std::vector<float> x = random_floats(C, i * 10 + C);
+        for (int i = 0; i < 32; i++) {
+            const std::vector<float> x = random_floats((size_t)C * KV_BLOCK, i * 10 + C);
             const SearchBook &book = search_book(C, false);
-            int best = 0;
-            double least = INFINITY;
-            for (int k = 0; k < 256; k++) {
-                double distance = 0;
-                for (int c = 0; c < C; c++) distance += ((double)x[c] - book.w[c][k]) * ((double)x[c] - book.w[c][k]);
-                if (distance < least) least = distance, best = k;
+            uint8_t code[KV_BLOCK];
+            nearest(code, book, x.data());
+            for (int t = 0; t < KV_BLOCK; t++) {
+                auto distance = [&](int k) {
+                    double sum = 0;
+                    for (int c = 0; c < C; c++) sum += ((double)x[c * KV_BLOCK + t] - book.w[c][k]) * ((double)x[c * KV_BLOCK + t] - book.w[c][k]);
+                    return sum;
+                };
+                double least = INFINITY;
+                for (int k = 0; k < 256; k++) least = std::min(least, distance(k));
+                CHECK(distance(code[t]) - least < 1e-5);
             }
-            const int found = C == 8 ? nearest<8>(book, x.data()) : C == 4 ? nearest<4>(book, x.data()) : nearest<2>(book, x.data());
-            double distance = 0;
-            for (int c = 0; c < C; c++) distance += ((double)x[c] - book.w[c][found]) * ((double)x[c] - book.w[c][found]);
-            CHECK((found == best || distance - least < 1e-5));
         }
+}
+
+TEST_CASE("of codewords that are equally near the first is taken, by every lane") {
+    int8_t index[256][4] = {};
+    for (int k = 0; k < 256; k++) index[k][0] = (int8_t)(k % 100);    // k, k + 100 and k + 200 are the same
+    const SearchBook book(index, 1.0f);
+    std::vector<float> x(4 * KV_BLOCK, 0.5f);
+    for (int t = 0; t < KV_BLOCK; t++) x[t] = t + 0.5f;
+    uint8_t code[KV_BLOCK];
+    nearest(code, book, x.data());
+    for (int t = 0; t < KV_BLOCK; t++) CHECK(code[t] == t);
 }
 
 TEST_CASE("bits a value, everything counted") {
