@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 #include "cases.h"
 #include "files.h"
+#include "../kernels/attention_tile.h"
 #include "../kernels/scalar_seal.h"
 
 namespace reference {
@@ -124,7 +125,7 @@ Walk walk(const Config &c, const KvOptions &o, int length, int rows, bool refere
 }
 }    // namespace
 
-TEST_CASE("baselines: golden blocks, byte for byte, and a second reader agrees with load_code") {
+TEST_CASE("baselines: golden blocks, byte for byte, and a second reader agrees with load_code and with a tile") {
     int cases = 0;
     for (KvFormat name : SCALARS) {
         const std::string file = read_file(std::string("tests/golden/baselines/") + kv_format_name(name) + ".bin");
@@ -149,7 +150,11 @@ TEST_CASE("baselines: golden blocks, byte for byte, and a second reader agrees w
             CHECK(ours == golden);
             CHECK(beside == golden_beside);
 
-            int wrong = 0;
+            cpu::Tile tile;    // a block widened at once
+            const int stride = d + 3;
+            tile.code.resize(KV_BLOCK * stride);
+            cpu::load_sealed(tile, format, golden.data(), (const int8_t *)golden_beside.data(), 0, d, stride);
+            int wrong = 0, tile_wrong = 0;
             with_format(format, d, [&](auto f) {
                 using Format = decltype(f);
                 for (int t = 0; t < KV_BLOCK; t++)
@@ -157,10 +162,15 @@ TEST_CASE("baselines: golden blocks, byte for byte, and a second reader agrees w
                         float x[1];
                         Format::load_code(x, *(const typename Format::Block *)golden.data(), (const int8_t *)golden_beside.data(), t, c);
                         const double y = read_value(golden.data(), golden_beside.data(), name, d, key, t, c);
-                        wrong += kind == NOT_A_NUMBER ? !std::isnan(x[0]) || !std::isnan(y) : !(std::fabs(x[0] - y) <= 1e-6 * std::fabs(y) + 1e-6 * (kind == HUGE_VALUES ? 65504 : 16));
+                        auto is_y = [&](float x) {
+                            if (kind == NOT_A_NUMBER) return std::isnan(x) && std::isnan(y);
+                            return std::fabs(x - y) <= 1e-6 * std::fabs(y) + 1e-6 * (kind == HUGE_VALUES ? 65504 : 16);
+                        };
+                        wrong += !is_y(x[0]), tile_wrong += !is_y(tile.code[t * stride + c]);
                     }
             });
             CHECK(wrong == 0);
+            CHECK(tile_wrong == 0);
         }
     }
     CHECK(cases == 7 * 20 - 4);
