@@ -7,15 +7,17 @@ namespace cpu {
 
 int code_channels(KvFormat format, int d) {
     const int C = format == KvFormat::nsn1 || format == KvFormat::nsn2 ? 8 : format == KvFormat::nsn2b ? 4 : format == KvFormat::nsn4b ? 2 : 0;
-    return d >= 64 && (d & (d - 1)) == 0 ? C : 0;
+    return d % 32 == 0 ? C : 0;
 }
+static bool by_avx512(int d) { return HAVE_AVX512_CODES && d >= 64 && (d & (d - 1)) == 0; }
 
-static float delta_of(KvFormat format) {
+float code_delta(KvFormat format) {
     return format == KvFormat::nsn1 ? NSN1_DELTA : format == KvFormat::nsn2 ? NSN2_DELTA : format == KvFormat::nsn2b ? NSN2B_DELTA : NSN4B_DELTA;
 }
 
-// Where sum i of code_weighted belongs.  From 64 codes a token on, 16 neighbouring lanes are four codes of each quarter of 64.
+// Where sum i of code_weighted belongs.  avx512: from 64 codes a token on, 16 neighbouring lanes are four codes of each quarter of 64.
 int code_channel(int i, int d, int C) {
+    if (!by_avx512(d)) return i;
     const int n_codes = d / C, j = i % n_codes;
     return C * (n_codes < 64 ? j : j / 64 * 64 + j % 16 / 4 * 16 + j % 64 / 16 * 4 + j % 4) + i / n_codes;
 }
@@ -26,54 +28,114 @@ void codes_in_order(float *x, int d, int C) {
     std::copy(y, y + d, x);
 }
 
+// ---- codewords ----------------------------------------------------------------------------------------
+// A codebook's bytes, and what the eight bits of a sign do to them (xor), in 16 bits.
+struct WideBook { alignas(64) int16_t entry[256 * 8], flip[256 * 8]; };    // entry (256, C)
+static const WideBook &wide_book(KvFormat format) {
+    auto make = [](KvFormat f, int C) {
+        WideBook b;
+        for (int i = 0; i < 256 * C; i++) b.entry[i] = kv_codebook(f)[i];
+        for (int i = 0; i < 256 * 8; i++) b.flip[i] = (int16_t)-(i / 8 >> i % 8 & 1);
+        return b;
+    };
+    static const WideBook books[] = {make(KvFormat::nsn1, 8), make(KvFormat::nsn2, 8), make(KvFormat::nsn2b, 4), make(KvFormat::nsn4b, 2)};
+    return books[(int)format - (int)KvFormat::nsn1];
+}
+// Eight channels at a time: a look-up a code, one store.
+template <int C, bool SIGN> static void codewords_of(int16_t *x, const WideBook &book, const NsnFields &f) {
+    typedef int64_t eight __attribute__((vector_size(16), aligned(2), may_alias));
+    typedef int32_t eight_by_twos __attribute__((vector_size(16), aligned(2), may_alias));
+    typedef int64_t four __attribute__((aligned(2), may_alias));
+    typedef int32_t two __attribute__((aligned(2), may_alias));
+    const uint8_t *code = f.code, *sign = f.sign, *const end = code + KV_BLOCK * f.d / C;
+    auto entry = [&](int i) { return book.entry + code[i] * C; };
+    for (; code < end; code += 8 / C, x += 8)
+        if constexpr (C == 8) {
+            *(eight *)x = *(const eight *)entry(0);
+            if (SIGN) *(eight *)x ^= *(const eight *)(book.flip + *sign++ * 8);
+        } else if constexpr (C == 4) *(eight *)x = eight{*(const four *)entry(0), *(const four *)entry(1)};
+        else *(eight_by_twos *)x = eight_by_twos{*(const two *)entry(0), *(const two *)entry(1), *(const two *)entry(2), *(const two *)entry(3)};
+}
+void codewords(int16_t *x, KvFormat format, const NsnFields &f) {
+    const WideBook &book = wide_book(format);
+    if (f.sign) codewords_of<8, true>(x, book, f);
+    else if (f.channels == 8) codewords_of<8, false>(x, book, f);
+    else if (f.channels == 4) codewords_of<4, false>(x, book, f);
+    else codewords_of<2, false>(x, book, f);
+}
+
 // ---- integers, portable -------------------------------------------------------------------------------
 namespace portable {
 
-// The 8-bit codewords of token t.
-static void codewords(int16_t *x, KvFormat format, const NsnFields &f, int t) {
-    const int8_t *codebook = kv_codebook(format);
-    const int C = f.channels, n_codes = f.d / C;
-    for (int j = 0; j < n_codes; j++) {
-        const int8_t *entry = codebook + f.code[t * n_codes + j] * C;
-        const int sign = f.sign ? f.sign[t * n_codes + j] : 0;
-        for (int c = 0; c < C; c++) x[C * j + c] = (int16_t)(entry[c] ^ -(sign >> c & 1));
+constexpr int HALVES = 2 * NATIVE;    // of a register
+typedef int16_t vnh_in_memory __attribute__((vector_size(NATIVE * 4), aligned(2), may_alias));
+
+template <int Q> static void dots_of(int *dots, const int16_t *x, const int16_t *q, int d) {
+    for (int t = 0; t < KV_BLOCK; t++) {
+        vni sum[4] = {};
+        for (int c = 0; c < d; c += HALVES)
+            for (int i = 0; i < Q; i++) sum[i] += pair_products(*(const vnh_in_memory *)(x + t * d + c), *(const vnh_in_memory *)(q + i * d + c));
+        const v4i all = sum4(fold4(sum[0]), fold4(sum[1]), fold4(sum[2]), fold4(sum[3]));
+        for (int i = 0; i < Q; i++) dots[i * KV_BLOCK + t] = all[i];
     }
 }
-
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
-    for (int t = 0; t < KV_BLOCK; t++) {
-        int16_t x[MAX_HEAD_DIM];
-        codewords(x, format, f, t);
-        for (int m = 0; m < M; m++) {
-            const int16_t *q = &s.queries.value[(size_t)m * f.d];
-            int sum = 0;
-            for (int c = 0; c < f.d; c++) sum += q[c] * x[c];
-            dots[m * KV_BLOCK + t] = sum;
-        }
-    }
+    int16_t *x = (int16_t *)s.x;
+    codewords(x, format, f);
+    int m = 0;
+    for (; m + 4 <= M; m += 4) dots_of<4>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * f.d], f.d);
+    for (; m < M; m++) dots_of<1>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * f.d], f.d);
 }
 
-void code_weighted(int *sums, CodeScratch &, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
-    int channel[MAX_HEAD_DIM];
-    for (int i = 0; i < f.d; i++) channel[i] = code_channel(i, f.d, f.channels);
-    std::fill(sums, sums + (size_t)M * f.d, 0);
-    for (int t = 0; t < KV_BLOCK; t++) {
-        int16_t x[MAX_HEAD_DIM], y[MAX_HEAD_DIM];
-        codewords(x, format, f, t);
-        for (int i = 0; i < f.d; i++) y[i] = x[channel[i]];
-        for (int m = 0; m < M; m++) {
-            const int weight = w[m * 2 * KV_BLOCK + t] * 256 + w[(m * 2 + 1) * KV_BLOCK + t];
-            for (int i = 0; i < f.d; i++) sums[(size_t)m * f.d + i] += weight * y[i];
-        }
+// Weights are 16 bits without a sign, the products' are with one: 2^15 is taken off and the sum of x is added so many times.
+template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint8_t *w, const int *place, int d) {
+    int32_t pairs[Q][KV_BLOCK / 2];    // of tokens
+    for (int i = 0; i < Q; i++) {
+        int16_t weight[KV_BLOCK];
+        for (int t = 0; t < KV_BLOCK; t++) weight[t] = (int16_t)((w[i * 2 * KV_BLOCK + t] ^ 0x80) << 8 | w[(i * 2 + 1) * KV_BLOCK + t]);
+        memcpy(pairs[i], weight, sizeof weight);
     }
+    vnh low, high;    // where in two registers the pairs of channels are, 8 by 8: the first four, the others
+    for (int i = 0; i < HALVES; i++) low[i] = (int16_t)(i / 8 * 8 + i % 8 / 2 + i % 2 * HALVES), high[i] = low[i] + 4;
+    const vnh ones = 1 - vnh{};
+    for (int c = 0; c < d; c += HALVES) {
+        vni sum[Q][2] = {}, of_x[2] = {};
+        for (int u = 0; u < KV_BLOCK / 2; u++) {
+            const vnh even = *(const vnh_in_memory *)(x + 2 * u * d + c), odd = *(const vnh_in_memory *)(x + (2 * u + 1) * d + c);
+            const vnh pair[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
+            for (int h = 0; h < 2; h++) {
+                of_x[h] += pair_products(pair[h], ones);
+                for (int i = 0; i < Q; i++) sum[i][h] += pair_products(pair[h], (vnh)(pairs[i][u] - vni{}));
+            }
+        }
+        for (int i = 0; i < Q; i++)
+            for (int h = 0; h < 2; h++) {
+                const vni all = sum[i][h] + (of_x[h] << 15);
+                for (int l = 0; l < NATIVE; l++) sums[i * d + place[c + l / 4 * 8 + h * 4 + l % 4]] = all[l];
+            }
+    }
+}
+void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
+    int16_t *x = (int16_t *)s.x;
+    codewords(x, format, f);
+    int place[MAX_HEAD_DIM];
+    for (int i = 0; i < f.d; i++) place[code_channel(i, f.d, f.channels)] = i;
+    int m = 0;
+    for (; m + 4 <= M; m += 4) weighted_of<4>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, place, f.d);
+    for (; m < M; m++) weighted_of<1>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, place, f.d);
 }
 }    // namespace portable
 
-#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-namespace fastest = avx512;
-#else
-namespace fastest = portable;
-#endif
+static void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
+    if constexpr (HAVE_AVX512_CODES)
+        if (by_avx512(f.d)) return avx512::code_dots(dots, s, M, format, f);
+    portable::code_dots(dots, s, M, format, f);
+}
+static void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
+    if constexpr (HAVE_AVX512_CODES)
+        if (by_avx512(f.d)) return avx512::code_weighted(sums, s, w, M, format, f);
+    portable::code_weighted(sums, s, w, M, format, f);
+}
 
 // ---- what is not integer ------------------------------------------------------------------------------
 constexpr float TINY = 1e-30f;    // below this the largest number of a row counts as zero: its unit could not be inverted
@@ -173,8 +235,8 @@ static void mean_scores(CodeScratch &s, const float *q, int M, int stride, const
 void code_scores(float *score, CodeScratch &s, const float *q, int M, int stride, KvFormat format, int d, const uint8_t *block, RopeTable rope, int i) {
     const NsnFields f = nsn_fields(format, d, block);
     float s1[KV_BLOCK], scale[KV_BLOCK];
-    token_scales(s1, scale, f, delta_of(format));
-    fastest::code_dots(s.sums.data(), s, M, format, f);
+    token_scales(s1, scale, f, code_delta(format));
+    code_dots(s.sums.data(), s, M, format, f);
     mean_scores(s, q, M, stride, f, rope, i);
     for (int m = 0; m < M; m++) {
         const f32x16 unit = splat16(s.queries.unit[m]), half = splat16(0.5f * s.queries.sum[m]);
@@ -189,7 +251,7 @@ void code_scores(float *score, CodeScratch &s, const float *q, int M, int stride
 void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFormat format, int d, const uint8_t *block) {
     const NsnFields f = nsn_fields(format, d, block);
     float s1[KV_BLOCK], scale[KV_BLOCK], mean[MAX_HEAD_DIM];
-    token_scales(s1, scale, f, delta_of(format));
+    token_scales(s1, scale, f, code_delta(format));
     load_mean(mean, f);
     for (int m = 0; m < M; m++) {
         f32x16 w[KV_BLOCK / LANES], largest = splat16(0.0f), of_mean = largest, sum = largest;
@@ -206,7 +268,7 @@ void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFo
         }
         s.factors[m] = {top > TINY ? top / 65535.0f : 0.0f, 0.5f * sum16(sum), sum16(of_mean)};    // sum: whole numbers below 2^22, exact
     }
-    fastest::code_weighted(s.sums.data(), s, s.weights.data(), M, format, f);
+    code_weighted(s.sums.data(), s, s.weights.data(), M, format, f);
     for (int m = 0; m < M; m++) {
         float *code = o + (int64_t)m * 2 * stride, *plain = code + stride;
         const f32x16 unit = splat16(s.factors[m].unit), half = splat16(s.factors[m].half), w = splat16(s.factors[m].mean);

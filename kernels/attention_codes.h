@@ -7,8 +7,9 @@
 // integers: R q to 16 bits of one unit a query, the weights p s1 s2 delta to 16 bits of one unit a query and block.  Sums of
 // their products fit 32 bits, so their order does not matter, and these two give the same bits on any machine:
 //
-//   portable    loops over rows of x
-//   avx512      (VBMI and VNNI)
+//   portable    codewords become rows of 16-bit numbers, a look-up a code; two channels of a key, or two tokens of a channel of values,
+//               are multiplied and added at once (pair_products: PMADDWD)
+//   avx512      (VBMI and VNNI; d = 64, 128, 256)
 //     look up   64 code bytes at once: plane c is byte c of all 256 entries, four registers; a byte permute of each, the last
 //               three under a mask.  nsn2: a sign bit flips all bits of x, ~x + 1/2 = -(x + 1/2).
 //     keys      codes are dealt out so that a 32-bit lane is four codes of one token; vpdpbusd multiplies their channels c by the
@@ -24,10 +25,13 @@
 // Work    64 tokens, d = 128, 4 queries: 1,024 byte permutes to look up, 100 to 300 to arrange codes, 2,048 vpdpbusd and, for
 //         means, 1,024 multiply-adds of 16 lanes; fp16 rows take 4,096 of those, 1,024 conversions and 512 turns of keys.
 //         A decode step looks keys up while it multiplies; more than 4 queries share codewords that are looked up once.
+//         Portable: 64 d / C look-ups for keys and as many for values, 64 d numbers in pair products a query, for values once more.
 // Cost    nsn2b, that block: 2.4 us on one core at 2.4 GHz, 5,800 clocks, where fp16 rows take 6.5 us; permutes and multiply-adds
 //         need 2,050 on two ports.  Scores of means and all else that makes a score 20%, keys' codes 20%, values' codes 25%, softmax
 //         12%, rounding of weights and adding sums 8%, scales 5%.
-// Limits  d = 64, 128 or 256, 8 to 128 codes a token; other dimensions are widened (attention_tile.h).
+//         16,384 tokens, 8 query heads over 2, 2 threads of an EPYC, us (f16 with the same flags): portable with AVX2 1,030 (1,510), with
+//         AVX-512 but no VBMI 840 (1,110), with SSE2 alone 1,450 (6,480).  10,600, 9,640 and 9,660 when a channel was looked up at a time.
+// Limits  d a multiple of 32; other dimensions are widened (attention_tile.h).
 //         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
 //         that were just stored), or for values alone (11%).
 //         Tried: codewords in token order, lanes of a token folded afterwards (84 more instructions a query).
@@ -67,13 +71,16 @@ struct CodeScratch {
     struct Factors { float unit, half, mean; };
     std::vector<Factors> factors;         // (M) of the weights: their unit, half their sum, sum_t p[t] s1[t]
     std::vector<float> z, mean_score;     // (M, d), (M, KV_BLOCK)
-    alignas(64) uint8_t x[KV_BLOCK * MAX_HEAD_DIM];                                      // codewords of a block, arranged
+    alignas(64) uint8_t x[2 * KV_BLOCK * MAX_HEAD_DIM];                                  // codewords of a block, arranged; portable: in 16 bits
     alignas(64) uint8_t codes[KV_BLOCK * MAX_HEAD_DIM / 2], signs[KV_BLOCK * MAX_HEAD_DIM / 2];
     alignas(64) uint8_t other[KV_BLOCK * MAX_HEAD_DIM / 2];
 };
 
 // Channels a code byte names in the formats and head dimensions that are served here, else 0.
 int code_channels(KvFormat format, int d);
+float code_delta(KvFormat format);
+// The 8-bit codewords of a block, x (KV_BLOCK, f.d); d a multiple of 8.
+void codewords(int16_t *x, KvFormat format, const NsnFields &f);
 
 // Queries q and Rq (M, stride) of a task, for code_scores; what it needs for M queries is made.
 void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stride);

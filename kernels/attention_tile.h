@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <vector>
-#include "kv_block.h"
+#include "attention_codes.h"
 #include "simd.h"
 
 namespace cpu {
@@ -28,27 +28,17 @@ inline void load_rows(Tile &tile, const f16 *x, int n, int d, int stride) {    /
     tile.has_code = tile.rotated = false, tile.has_plain = tile.turned = true;
     for (int t = 0; t < n; t++) widen_row(&tile.plain[t * stride], x + t * d, d);
 }
-template <int D> inline void load_block(Tile &tile, F16<D>, const typename F16<D>::Block &b, const int8_t *, unsigned, int stride) {
-    load_rows(tile, b.x[0], KV_BLOCK, D, stride);
-}
-inline void load_nsn(Tile &tile, const NsnFields &f, const int8_t *codebook, float delta, unsigned ablate, int stride) {
+inline void load_nsn(Tile &tile, KvFormat format, const NsnFields &f, unsigned ablate, int stride) {
     tile.has_code = tile.has_plain = true;
     tile.rotated = !(ablate & NO_HADAMARD), tile.turned = !(ablate & NO_PRE_ROPE);
     float mean[MAX_HEAD_DIM];
+    int16_t x[KV_BLOCK * MAX_HEAD_DIM];
     for (int c = 0; c < f.d; c++) mean[c] = f.mean_at(c);
+    codewords(x, format, f);
     for (int t = 0; t < KV_BLOCK; t++) {
-        const float s1 = f.s1->at(t), s = s1 * f.s2(t) * delta;
-        float *code = &tile.code[t * stride], *plain = &tile.plain[t * stride];
-        for (int j = 0; j < f.d / f.channels; j++) {
-            const int8_t *index = codebook + f.code[t * (f.d / f.channels) + j] * f.channels;
-            const int sign = f.sign ? f.sign[t * (f.d / 8) + j] : 0;
-            for (int c = 0; c < f.channels; c++) code[j * f.channels + c] = (sign >> c & 1 ? -s : s) * (index[c] + 0.5f);
-        }
-        for (int c = 0; c < f.d; c++) plain[c] = s1 * mean[c];
+        const float s1 = f.s1->at(t), s = s1 * f.s2(t) * code_delta(format);
+        for (int c = 0; c < f.d; c++) tile.code[t * stride + c] = s * (x[t * f.d + c] + 0.5f), tile.plain[t * stride + c] = s1 * mean[c];
     }
-}
-template <class Nsn> inline void load_block(Tile &tile, Nsn nsn, const typename Nsn::Block &b, const int8_t *codebook, unsigned ablate, int stride) {
-    load_nsn(tile, nsn_fields(nsn, const_cast<typename Nsn::Block &>(b)), codebook, Nsn::delta, ablate, stride);
 }
 // A row's d codes, a byte each; eight at a time are spread by halves.
 template <int BITS> inline void load_codes(uint8_t *q, const uint8_t *code, int d) {
@@ -97,12 +87,13 @@ inline void load_scalars(Tile &tile, const ScalarFields &f, unsigned ablate, int
             }
     }
 }
-template <int D, class Kind>
-inline void load_block(Tile &tile, Scalars<D, Kind> format, const typename Scalars<D, Kind>::Block &b, const int8_t *beside, unsigned ablate, int stride) {
-    load_scalars(tile, format.fields(const_cast<typename Scalars<D, Kind>::Block &>(b), const_cast<int8_t *>(beside)), ablate, stride);
-}
-inline void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, const int8_t *codebook, unsigned ablate, int d, int stride) {
-    with_format(format, d, [&](auto f) { load_block(tile, f, *(const typename decltype(f)::Block *)block, codebook, ablate, stride); });
+inline void load_sealed(Tile &tile, KvFormat format, const uint8_t *block, const int8_t *beside, unsigned ablate, int d, int stride) {
+    if (kv_is_nsn(format)) return load_nsn(tile, format, nsn_fields(format, d, block), ablate, stride);
+    with_format(format, d, [&](auto f) {
+        using Block = typename decltype(f)::Block;
+        if constexpr (!f.has_code) load_rows(tile, ((const Block *)block)->x[0], KV_BLOCK, d, stride);
+        else if constexpr (!f.has_plain) load_scalars(tile, f.fields(*const_cast<Block *>((const Block *)block), const_cast<int8_t *>(beside)), ablate, stride);
+    });
 }
 
 // Tile of the first n tokens of exact block i: from the ring, then from this step's rows.

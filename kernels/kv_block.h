@@ -46,6 +46,7 @@ enum class KvFormat : uint8_t {
     count,           // of the names; below: what a name means for values where keys are kept otherwise
     kivi2_values, xquant_values,
 };
+HD constexpr bool kv_is_nsn(KvFormat f) { return f > KvFormat::f16 && f < KvFormat::kivi2; }
 HD constexpr bool kv_is_scalar(KvFormat f) { return f >= KvFormat::kivi2; }    // a format of kv_baselines.h
 constexpr KvFormat kv_side_format(KvFormat f, bool key) {
     return key ? f : f == KvFormat::kivi2 ? KvFormat::kivi2_values : f == KvFormat::xquant ? KvFormat::xquant_values : f;

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include "base.h"
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    // gcc 12 warns about its own _mm512_undefined_ps
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -27,6 +27,7 @@ constexpr int PARTS = LANES / NATIVE;
 
 typedef float vn __attribute__((vector_size(NATIVE * 4)));                  // one machine register
 typedef int32_t vni __attribute__((vector_size(NATIVE * 4)));
+typedef int16_t vnh __attribute__((vector_size(NATIVE * 4)));               // 2 NATIVE of them
 typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 typedef float vn_in_memory __attribute__((vector_size(NATIVE * 4), aligned(4), may_alias));
@@ -141,11 +142,11 @@ LANE_FUNCTION v4 fold16(f32x16 x) {
     union { f32x16 all; v4 quarter[4]; } u = {x};
     return (u.quarter[0] + u.quarter[2]) + (u.quarter[1] + u.quarter[3]);
 }
-// The sums of four vectors: lane i takes i + 2, then i + 1.
-LANE_FUNCTION v4 sum4(v4 a, v4 b, v4 c, v4 d) {
+// The sums of four vectors (v4 or v4i): lane i takes i + 2, then i + 1.
+template <class V> LANE_FUNCTION V sum4(V a, V b, V c, V d) {
     const v4i front = {0, 1, 4, 5}, back = {2, 3, 6, 7}, even = {0, 2, 4, 6}, odd = {1, 3, 5, 7};
-    const v4 ab = __builtin_shuffle(a, b, front) + __builtin_shuffle(a, b, back);
-    const v4 cd = __builtin_shuffle(c, d, front) + __builtin_shuffle(c, d, back);
+    const V ab = __builtin_shuffle(a, b, front) + __builtin_shuffle(a, b, back);
+    const V cd = __builtin_shuffle(c, d, front) + __builtin_shuffle(c, d, back);
     return __builtin_shuffle(ab, cd, even) + __builtin_shuffle(ab, cd, odd);
 }
 LANE_FUNCTION float sum16(f32x16 x) {
@@ -158,6 +159,25 @@ LANE_FUNCTION float largest16(f32x16 x) {
     const v4 a = u.quarter[0] < u.quarter[2] ? u.quarter[2] : u.quarter[0], b = u.quarter[1] < u.quarter[3] ? u.quarter[3] : u.quarter[1], c = a < b ? b : a;
     const float d = c[0] < c[2] ? c[2] : c[0], e = c[1] < c[3] ? c[3] : c[1];
     return d < e ? e : d;
+}
+
+// 16-bit numbers: lane i is a_2i b_2i + a_2i+1 b_2i+1.
+LANE_FUNCTION vni pair_products(vnh a, vnh b) {
+#if defined(__AVX512BW__)
+    return (vni)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (vni)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    return (vni)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return ((vni)a << 16 >> 16) * ((vni)b << 16 >> 16) + ((vni)a >> 16) * ((vni)b >> 16);
+#endif
+}
+LANE_FUNCTION v4i fold4(vni x) {    // NATIVE lanes to 4
+    union { vni all; v4i quarter[PARTS == 1 ? 4 : PARTS == 2 ? 2 : 1]; } u = {x};
+    v4i sum = u.quarter[0];
+    for (int i = 1; i < NATIVE / 4; i++) sum += u.quarter[i];
+    return sum;
 }
 
 // e^x for x <= 0 (softmax, sigmoid), relative error below 2e-7; below -87.3 the result is 0.

@@ -116,8 +116,7 @@ static void check_measuring(const Options &o) {
     if (o.needle && !o.against_model.empty()) refuse("--against-model: for --ppl without --needle");
     if (o.needle && (o.by_position || o.decode || o.stride)) refuse("--needle: --by-position, --decode and --stride have no meaning for it");
     if (o.decode && o.kv.exact_prefill) refuse("--decode: a token at a time reads sealed blocks as codes; only --prefill coded can agree with it");
-    auto is_nsn = [](KvFormat f) { return strncmp(kv_format_name(f), "nsn", 3) == 0; };
-    if (o.kv.ablate && !is_nsn(o.kv.k_format) && !is_nsn(o.kv.v_format)) refuse("--ablate: --kv %s has no steps to leave out; it needs an nsn format", kv_format_name(o.kv.k_format));
+    if (o.kv.ablate && !kv_is_nsn(o.kv.k_format) && !kv_is_nsn(o.kv.v_format)) refuse("--ablate: --kv %s has no steps to leave out; it needs an nsn format", kv_format_name(o.kv.k_format));
 }
 
 static Options parse(int argc, char **argv) {

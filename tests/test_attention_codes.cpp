@@ -26,7 +26,7 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
     std::mt19937_64 rng(5);
     int cases = 0;
     for (KvFormat format : CODED)
-        for (int d : {64, 128, 256})
+        for (int d : {32, 64, 96, 128, 160, 224, 256})
             for (int M : {1, 2, 3, 4, 5, 7, 16})
                 for (bool extreme : {false, true}) {
                     const int C = cpu::code_channels(format, d);
@@ -75,13 +75,14 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                     cpu::portable::code_weighted(got_sums.data(), s, w.data(), M, format, f);
                     CHECK(got_dots == dots);
                     CHECK(got_sums == sums);
+                    cases++;
                     if constexpr (cpu::HAVE_AVX512_CODES) {
+                        if (d != 64 && d != 128 && d != 256) continue;
                         cpu::avx512::code_dots(got_dots.data(), s, M, format, f);
                         cpu::avx512::code_weighted(got_sums.data(), s, w.data(), M, format, f);
                         CHECK(got_dots == dots);
                         CHECK(got_sums == sums);
                     }
-                    cases++;
                 }
     if (!cpu::HAVE_AVX512_CODES) MESSAGE("SKIPPED: no AVX-512 VBMI and VNNI on this machine");
     MESSAGE(cases, " cases");
