@@ -4,17 +4,19 @@
 # make bench       speed against what this machine allows, in one table (of build/bench.jsonl): the bundled model, on a GPU large shapes
 # make clean
 # CUDA=0 CPU only      ARCH=sm_90 one GPU architecture      DEBUG=1 ASan and UBSan      INC=DIR more header folders
+# MARCH=x86-64-v3 for other CPUs than this one (GCC's -march)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 2)
 NVCC  := $(shell which nvcc 2>/dev/null)
 CUDA  ?= $(if $(NVCC),1,0)
 ARCH  ?= $(if $(shell which nvidia-smi 2>/dev/null),native,sm_90)
 DEBUG ?= 0
+MARCH ?= native
 INC   ?=
 COMMA := ,
-BUILD := build/cuda$(CUDA)-debug$(DEBUG)#    objects of different configurations never mix
+BUILD := build/cuda$(CUDA)-debug$(DEBUG)$(patsubst %,-%,$(filter-out native,$(MARCH)))#    objects of different configurations never mix
 
 INCLUDES := -Isrc -Ikernels -Itokenizer -Itools $(INC:%=-I%)
-CXXFLAGS := -std=c++17 -g -Wall -Wextra -fopenmp -march=native -DWITH_CUDA=$(CUDA) $(INCLUDES) -MMD -MP
+CXXFLAGS := -std=c++17 -g -Wall -Wextra -fopenmp -march=$(MARCH) -DWITH_CUDA=$(CUDA) $(INCLUDES) -MMD -MP
 ifeq ($(DEBUG),1)
   CXXFLAGS += -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 else
