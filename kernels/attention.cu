@@ -178,7 +178,8 @@ static void prefetch(const void *p, int64_t bytes) {
 static int fast_channels(const KvView &kv, bool key) { return kv.ablate ? 0 : code_channels(key ? kv.k_format : kv.v_format, kv.d); }
 
 // The blocks [begin, end) into the triples of the task's queries, in order.
-static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int G) {
+static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b,
+                   int G) {
     const int d = kv.d, stride = (int)ceil_div(d, LANES) * LANES, M = task.rows * G;
     const SlotStep &step = task.step;
     for (int i = begin; i < end; i++) {
@@ -187,8 +188,10 @@ static void attend(Triples &to, Scratch &s, const Task &task, int begin, int end
         const bool sealed = i >= kv.sink && i < task.coded_end;
         const int k_fast = sealed ? fast_channels(kv, true) : 0, v_fast = sealed ? fast_channels(kv, false) : 0;
         if (sealed) {
-            if (!k_fast) load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.beside(true, layer, step.slot, task.h, i), kv.ablate, d, stride);
-            if (!v_fast) load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.beside(false, layer, step.slot, task.h, i), kv.ablate, d, stride);
+            if (!k_fast)
+                load_sealed(s.k, kv.k_format, kv.k_block(layer, step.slot, task.h, i), kv.beside(true, layer, step.slot, task.h, i), kv.ablate, d, stride);
+            if (!v_fast)
+                load_sealed(s.v, kv.v_format, kv.v_block(layer, step.slot, task.h, i), kv.beside(false, layer, step.slot, task.h, i), kv.ablate, d, stride);
         } else {
             load_exact(s.k, kv, layer, step, task.h, i, n, stride, kv.k_exact, k16);
             load_exact(s.v, kv, layer, step, task.h, i, n, stride, kv.v_exact, v16);

@@ -170,7 +170,8 @@ static void token_scales(float *s1, float *scale, const NsnFields &f, float delt
         f32x16 second;
         if (f.s2_f16) second = load16(f.s2_f16->value + t);
         else {
-            const f32x16 code = load16(f.s2_log8->code + t), x = (splat16(f.s2_log8->min) + splat16(f.s2_log8->step) * (code + splat16(-1.0f))) * splat16(0.69314718f);
+            const f32x16 code = load16(f.s2_log8->code + t),
+                         x = (splat16(f.s2_log8->min) + splat16(f.s2_log8->step) * (code + splat16(-1.0f))) * splat16(0.69314718f);
             second = exp16(x);
             for (int i = 0; i < PARTS; i++) second.part[i] = (vn)((vni)second.part[i] & (code.part[i] > 0.0f));    // code 0: a row of zeros
         }
@@ -202,7 +203,8 @@ template <int R> LANE_FUNCTION void mean_scores_of(float *score, const float *z,
         const f32x16 minus = splat16(-1.0f);
         const float *angle = rope.step + 32 * d;
         f32x16 cosines = splat16(0.0f), sines = cosines;    // token 0, u = 32
-        for (int j = 0; j < half; j += LANES) add_product(cosines, load16(angle + j), load16(z + r * d + j)), add_product(sines, load16(angle + half + j), load16(z + r * d + half + j));
+        for (int j = 0; j < half; j += LANES)
+            add_product(cosines, load16(angle + j), load16(z + r * d + j)), add_product(sines, load16(angle + half + j), load16(z + r * d + half + j));
         float *to = score + r * KV_BLOCK;
         to[0] = sum16(cosines + minus * sines);
         for (int i = 0; i < 2; i++) store16(to + 17 - i * LANES, reverse16(P[r][i] + minus * Q[r][i]));    // of token 32 - u; token 32 comes again

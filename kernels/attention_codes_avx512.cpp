@@ -15,8 +15,10 @@ static const CodePlanes &planes_of(KvFormat format, bool offset) {
             for (int c = 0; c < C; c++) p.byte[c][k] = (uint8_t)kv_codebook(f)[k * C + c] ^ flip;
         return p;
     };
-    static const CodePlanes planes[4][2] = {{make(KvFormat::nsn1, 8, 0), make(KvFormat::nsn1, 8, 0x80)}, {make(KvFormat::nsn2, 8, 0), make(KvFormat::nsn2, 8, 0x80)},
-                                            {make(KvFormat::nsn2b, 4, 0), make(KvFormat::nsn2b, 4, 0x80)}, {make(KvFormat::nsn4b, 2, 0), make(KvFormat::nsn4b, 2, 0x80)}};
+    static const CodePlanes planes[4][2] = {{make(KvFormat::nsn1, 8, 0), make(KvFormat::nsn1, 8, 0x80)},
+                                            {make(KvFormat::nsn2, 8, 0), make(KvFormat::nsn2, 8, 0x80)},
+                                            {make(KvFormat::nsn2b, 4, 0), make(KvFormat::nsn2b, 4, 0x80)},
+                                            {make(KvFormat::nsn4b, 2, 0), make(KvFormat::nsn4b, 2, 0x80)}};
     return planes[(int)format - (int)KvFormat::nsn1][offset];
 }
 
@@ -163,13 +165,15 @@ static void turn(uint8_t *to, const uint8_t *from, int n_codes) {
         const __m512i p[2] = {permutation(0), permutation(1)};
         for (int g = 0; g < 16; g++)
             for (int k = 0; k < 2; k++)
-                _mm512_store_si512(to + (k * 16 + g) * 64, _mm512_permutex2var_epi8(_mm512_loadu_si512(from + g * 128), p[k], _mm512_loadu_si512(from + g * 128 + 64)));
+                _mm512_store_si512(to + (k * 16 + g) * 64,
+                                   _mm512_permutex2var_epi8(_mm512_loadu_si512(from + g * 128), p[k], _mm512_loadu_si512(from + g * 128 + 64)));
     } else
         for (int k = 0; k < n_codes / 64; k++)
             for (int g = 0; g < 16; g++) {
                 __m512i x[4];
                 for (int i = 0; i < 4; i++) x[i] = _mm512_loadu_si512(from + (g * 4 + i) * n_codes + k * 64);
-                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]), c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+                const __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]), c = _mm512_unpacklo_epi8(x[2], x[3]),
+                              d = _mm512_unpackhi_epi8(x[2], x[3]);
                 uint8_t *y = to + (k * 64 + g) * 64;
                 _mm512_store_si512(y, _mm512_unpacklo_epi16(a, c)), _mm512_store_si512(y + 1024, _mm512_unpackhi_epi16(a, c));
                 _mm512_store_si512(y + 2048, _mm512_unpacklo_epi16(b, d)), _mm512_store_si512(y + 3072, _mm512_unpackhi_epi16(b, d));

@@ -99,7 +99,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 #pragma unroll
                     for (int i = 0; i < 2; i++)
                         for (int p = 0; p < PAIRS; p++)
-                            w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p], scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
+                            w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p],
+                                             scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
                     store_shared(z_store + 2 * q * (D / 2) * 4, w[0]), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, w[1]);
                 }
                 if (j + 2 < p.count) ring.load_base(a, base, j + 2);

@@ -31,7 +31,8 @@ struct Part {
 // the integers) of query t.
 template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
     constexpr int D = S::D, C = D / 32, PAIRS = D / 64, CODES = D * 4, UNIT = D * 6;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, last = min(Q, a.G - p.q0) - 1, last_rank = Q == 1 ? 0 : p.team - 1, rank = Q == 1 ? 0 : p.rank;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, last = min(Q, a.G - p.q0) - 1, last_rank = Q == 1 ? 0 : p.team - 1,
+              rank = Q == 1 ? 0 : p.rank;
     auto at = [&](int q) { return S::slots(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
     auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
 #pragma unroll 1
@@ -152,7 +153,9 @@ template <class K, class V, class S> struct BlockRing {
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
     __device__ void load_keys(int j, int number) const { copy<S::SLOT_K>(slots + j % 2 * S::SLOT, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
-    __device__ void load_values(int j, int number) const { copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count); }
+    __device__ void load_values(int j, int number) const {
+        copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count);
+    }
     template <int IN_FLIGHT> __device__ static void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
         __syncwarp();
@@ -166,7 +169,8 @@ template <class K, class V, class S, int Q> struct Turns {
     Part p;
     BlockRing<K, V, S> ring;
     __device__ Turns(const DecodeArgs &a)
-        : tasks(a.b.N * a.kv.Hkv * a.chunks * a.reach), teams(gridDim.x * (S::WARPS / a.team)), task(blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team)), p(a, task, Q) {}
+        : tasks(a.b.N * a.kv.Hkv * a.chunks * a.reach), teams(gridDim.x * (S::WARPS / a.team)), task(blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team)),
+          p(a, task, Q) {}
     // Tables and first blocks; false: there is nothing to do for this thread block.  Positions and block tables are there before the
     // step's first kernel, so are the blocks that it reads as codes.
     __device__ bool start(const DecodeArgs &a) {

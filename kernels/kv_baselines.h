@@ -154,4 +154,5 @@ static_assert(sizeof(Q8<128>::Block) == 8704 && sizeof(Q4<128>::Block) == 4608 &
 static_assert(sizeof(Nqkv<128>::Block) == 4160 && sizeof(Deco4<128>::Block) == 4224, "4.0625, 4.125 bits");
 static_assert(sizeof(XquantKeys<128>::Block) == 512 && sizeof(XquantValues<128>::Block) == 256, "0.5, 0.25 bits and the codes");
 static_assert(sizeof(Kivi2Keys<48>::Block) == 64 * 12 + 2 * 48 * 4 && sizeof(Kivi2Values<48>::Block) == 64 * 12 + 64 * 2 * 4, "a short last group");
-static_assert(tokens_of_256(256) == 1 && tokens_of_256(136) == 1 && tokens_of_256(128) == 2 && tokens_of_256(48) == 4 && tokens_of_256(8) == 32, "256 values at most");
+static_assert(tokens_of_256(256) == 1 && tokens_of_256(136) == 1 && tokens_of_256(128) == 2 && tokens_of_256(48) == 4 && tokens_of_256(8) == 32,
+              "256 values at most");

@@ -191,7 +191,8 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
         if (o.json) return;
         const std::string bytes = strf("%.2f = %.2f+%.2f+%.2f", r.bytes() / 1e6, r.weights / 1e6, r.coded / 1e6, r.exact / 1e6);
         printf("%6d %4d %11s %11.1f %11.1f   %-32s %8.2f %5.0f%% %10.1f %7s   %.1f, %.1f\n", r.depth, r.slots, kv.c_str(), r.prefill_tok_s, decode,
-               bytes.c_str(), r.gb_s(), 100 * share, limit, seals ? strf("%+.1f%%", 100 * r.seal_stall).c_str() : "-", r.announced / 1048576.0, r.taken / 1048576.0);
+               bytes.c_str(), r.gb_s(), 100 * share, limit, seals ? strf("%+.1f%%", 100 * r.seal_stall).c_str() : "-", r.announced / 1048576.0,
+               r.taken / 1048576.0);
         fflush(stdout);
     };
 
@@ -219,8 +220,8 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
                 for (const int depth : depths) measure(kv, std::max(1, largest_batch(m, ops, o, kv, depth)), {depth});
     if (rows.empty()) fail("--bench: no depth fits in memory");
     if (o.json) {
-        OrderedJson all = {{"model", o.model}, {"weights", dtype_option(m.layers[0].w_gate.type)}, {"device", ops.name}, {"read_gb_s", bandwidth}, {"model_read_gb_s", weights_speed},
-                           {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
+        OrderedJson all = {{"model", o.model}, {"weights", dtype_option(m.layers[0].w_gate.type)}, {"device", ops.name}, {"read_gb_s", bandwidth},
+                           {"model_read_gb_s", weights_speed}, {"prompt_tokens", P}, {"decode_steps", T}, {"rows", rows}};
         if (!too_large.empty()) all["too_large"] = too_large;
         printf("%s\n", all.dump().c_str());
     }

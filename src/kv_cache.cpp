@@ -53,7 +53,8 @@ double kv_bytes_per_token(const Config &c, const KvOptions &o) {
     for (bool key : {true, false}) {
         const KvFormat f = kv_side_format(key ? o.k_format : o.v_format, key);
         bytes += (double)c.n_layers * kv_block_bytes(f, c.head_dim);
-        if (f != KvFormat::deco4) bytes += (double)code_layers(kv_share(f, c.n_layers), c.n_layers) * kv_beside_bytes(f, c.head_dim);    // its matrix is a sequence's
+        if (f != KvFormat::deco4)
+            bytes += (double)code_layers(kv_share(f, c.n_layers), c.n_layers) * kv_beside_bytes(f, c.head_dim);    // its matrix is a sequence's
     }
     return bytes * c.n_kv_heads / KV_BLOCK;
 }

@@ -112,11 +112,13 @@ static unsigned ablation_flags(const std::string &option, const std::string &lis
 // What cannot be asked for together.
 static void check_measuring(const Options &o) {
     const bool with_file = !o.ppl_file.empty();
-    if (!with_file && (o.has_against || o.by_position || o.decode || o.needle)) refuse("--against, --against-model, --by-position, --decode and --needle need --ppl FILE");
+    if (!with_file && (o.has_against || o.by_position || o.decode || o.needle))
+        refuse("--against, --against-model, --by-position, --decode and --needle need --ppl FILE");
     if (o.needle && !o.against_model.empty()) refuse("--against-model: for --ppl without --needle");
     if (o.needle && (o.by_position || o.decode || o.stride)) refuse("--needle: --by-position, --decode and --stride have no meaning for it");
     if (o.decode && o.kv.exact_prefill) refuse("--decode: a token at a time reads sealed blocks as codes; only --prefill coded can agree with it");
-    if (o.kv.ablate && !kv_is_nsn(o.kv.k_format) && !kv_is_nsn(o.kv.v_format)) refuse("--ablate: --kv %s has no steps to leave out; it needs an nsn format", kv_format_name(o.kv.k_format));
+    if (o.kv.ablate && !kv_is_nsn(o.kv.k_format) && !kv_is_nsn(o.kv.v_format))
+        refuse("--ablate: --kv %s has no steps to leave out; it needs an nsn format", kv_format_name(o.kv.k_format));
 }
 
 static Options parse(int argc, char **argv) {
@@ -222,7 +224,8 @@ static Options parse(int argc, char **argv) {
     if (!o.bench && (formats.size() > 1 || o.batches.size() > 1)) refuse("%s: a list is for --bench", formats.size() > 1 ? "--kv" : "-b");
     if (formats.size() > 1 && one_side) refuse("-ctk, -ctv: --kv names %zu formats for both", formats.size());
     if (o.has_prompt && batch_option) refuse("-b: for --ppl and --bench; --batch N takes a prompt a line, N at once");
-    if (o.has_prompt && !o.prompt_lines && looks_like_number(o.prompt)) fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
+    if (o.has_prompt && !o.prompt_lines && looks_like_number(o.prompt))
+        fprintf(stderr, "note: the prompt is '%s'; did you mean --top-p %s?\n", o.prompt.c_str(), o.prompt.c_str());
     if (!o.against_model.empty() && !o.has_against) o.has_against = o.against_same_kv = true;
     check_measuring(o);
     for (size_t i = 0; i < std::max<size_t>(1, formats.size()); i++) {

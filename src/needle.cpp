@@ -86,15 +86,16 @@ static Retrieval summarize_answers(const std::vector<Answer> &answers) {    // (
 
 static OrderedJson retrieval_json(const Retrieval &with, const Retrieval &without, const KvOptions &kv, const KvCache &cache, const Config &c) {
     return {{"kv", kv_pair_name(kv)}, {"bits", kv_pair_bits(kv, c)}, {"sink", kv.sink}, {"recent", kv.recent}, {"ablate", ablation_text(kv.ablate)},
-            {"cache_bytes", cache.bytes}, {"keys", with.keys.mean}, {"keys_error", with.keys.error}, {"words", with.words.mean}, {"words_error", with.words.error},
-            {"loss", with.loss.mean}, {"loss_error", with.loss.error}, {"keys_without", without.keys.mean}, {"words_without", without.words.mean},
+            {"cache_bytes", cache.bytes}, {"keys", with.keys.mean}, {"keys_error", with.keys.error}, {"words", with.words.mean},
+            {"words_error", with.words.error}, {"loss", with.loss.mean}, {"loss_error", with.loss.error}, {"keys_without", without.keys.mean}, {"words_without", without.words.mean},
             {"loss_without", without.loss.mean}, {"loss_without_error", without.loss.error}};
 }
 
 static void print_retrieval(const Retrieval &with, const Retrieval &without, int trials, const KvOptions &kv, const Config &c) {
-    printf("%s: %.1f +/- %.1f %% of %d keys retrieved, %.1f +/- %.1f %% of words (%.1f %% without the needle) | loss a word %.4f +/- %.4f, without the needle %.4f +/- %.4f, %.4f bits, sink %d, recent %d%s\n",
-           kv_pair_name(kv).c_str(), 100 * with.keys.mean, 100 * with.keys.error, trials, 100 * with.words.mean, 100 * with.words.error, 100 * without.words.mean,
-           with.loss.mean, with.loss.error, without.loss.mean, without.loss.error, kv_pair_bits(kv, c), kv.sink, kv.recent,
+    printf("%s: %.1f +/- %.1f %% of %d keys retrieved, %.1f +/- %.1f %% of words (%.1f %% without the needle) | loss a word %.4f +/- %.4f, "
+           "without the needle %.4f +/- %.4f, %.4f bits, sink %d, recent %d%s\n",
+           kv_pair_name(kv).c_str(), 100 * with.keys.mean, 100 * with.keys.error, trials, 100 * with.words.mean, 100 * with.words.error,
+           100 * without.words.mean, with.loss.mean, with.loss.error, without.loss.mean, without.loss.error, kv_pair_bits(kv, c), kv.sink, kv.recent,
            kv.ablate ? (", without " + ablation_text(kv.ablate)).c_str() : "");
 }
 
@@ -134,7 +135,8 @@ void needle(const Model &m, const Ops &ops, const Options &o) {
                (unsigned long long)o.sampler.seed, o.kv.exact_prefill ? "exact" : "coded");
     for (int k = 0; k < t.n_caches; k++) {
         const Retrieval with = summarize_answers(answers[k][0]), without = summarize_answers(answers[k][1]);
-        if (!std::isfinite(with.loss.mean + without.loss.mean)) fail("%s: logits are not numbers: the weights hold NaN or infinity (build/show checks them)", o.model.c_str());
+        if (!std::isfinite(with.loss.mean + without.loss.mean))
+            fail("%s: logits are not numbers: the weights hold NaN or infinity (build/show checks them)", o.model.c_str());
         if (!o.json) print_retrieval(with, without, n, kv[k], c);
         else if (k == 0) j.update(retrieval_json(with, without, kv[k], t.cache[k], c));
         else j["against"] = retrieval_json(with, without, kv[k], t.cache[k], c);

@@ -7,7 +7,8 @@
 
 // Words of --ablate.
 struct Ablation { const char *name; unsigned flag; };
-constexpr Ablation ABLATIONS[] = {{"first-norm", NO_FIRST_NORM}, {"shift", NO_SHIFT}, {"hadamard", NO_HADAMARD}, {"pre-rope", NO_PRE_ROPE}, {"scale", NO_SCALE}};
+constexpr Ablation ABLATIONS[] = {
+    {"first-norm", NO_FIRST_NORM}, {"shift", NO_SHIFT}, {"hadamard", NO_HADAMARD}, {"pre-rope", NO_PRE_ROPE}, {"scale", NO_SCALE}};
 
 constexpr int LARGEST_BATCH = 0, MOST_BATCH = 1 << 16;
 

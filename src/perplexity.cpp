@@ -37,7 +37,8 @@ Protocol make_protocol(const Model &m, const Options &o) {
     p.stride = o.stride ? o.stride : length;
     if (length < 1 + !with_bos) refuse("-c %d: too short to score a token", p.context);
     if (p.stride > length) refuse("--stride %d: longer than a window of %d tokens", p.stride, length);
-    if (o.kv.exact_prefill && p.stride == length) refuse("--prefill exact: needs a --stride below %d; the head of a window that is not scored is its prompt", length);
+    if (o.kv.exact_prefill && p.stride == length)
+        refuse("--prefill exact: needs a --stride below %d; the head of a window that is not scored is its prompt", length);
     if ((int)p.ids.size() < 1 + !with_bos) fail("%s: %zu tokens, nothing to score", o.ppl_file.c_str(), p.ids.size());
     p.windows = cut_windows((int64_t)p.ids.size(), length, p.stride, o.max_windows);
     p.longest = (int)(p.windows[0].end - p.windows[0].begin) + with_bos;
@@ -133,12 +134,14 @@ static OrderedJson figures_json(const Figures &f, const Model &m, const Options 
     OrderedJson j = {{"model", o.model}, {"text", o.ppl_file}, {"ppl", a.ppl.mean}, {"error", a.ppl.error}, {"nll", a.nll.mean}, {"nll_error", a.nll.error},
                      {"scored", a.n}, {"context", p.context}, {"stride", p.stride}, {"bos", p.bos >= 0}, {"windows", p.windows.size()},
                      {"mode", o.decode ? "decode" : "prefill"}, {"prefill", o.kv.exact_prefill ? "exact" : "coded"}, {"kv", kv_pair_name(o.kv)},
-                     {"bits", kv_pair_bits(o.kv, m.config)}, {"bits_with_exact", bits_with_exact(o.kv, m.config, p.context)}, {"sink", o.kv.sink}, {"recent", o.kv.recent}, {"ablate", ablation_text(o.kv.ablate)},
+                     {"bits", kv_pair_bits(o.kv, m.config)}, {"bits_with_exact", bits_with_exact(o.kv, m.config, p.context)}, {"sink", o.kv.sink},
+                     {"recent", o.kv.recent}, {"ablate", ablation_text(o.kv.ablate)},
                      {"exponents", o.kv.k_exponent < 0 ? std::string() : strf("%g/%g", o.kv.k_exponent, o.kv.v_exponent)},
                      {"cache_bytes", f.cache_bytes[0]}, {"kv_bytes_per_token", kv_bytes_per_token(m.config, o.kv)}, {"tok_s", f.tok_s[0]}};
     if (o.has_against) {
         const KvOptions against = caches_of(o)[1];
-        j["against"] = {{"model", o.against_model.empty() ? o.model : o.against_model}, {"kv", kv_pair_name(against)}, {"bits", kv_pair_bits(against, m.config)}, {"cache_bytes", f.cache_bytes[1]}, {"tok_s", f.tok_s[1]},
+        j["against"] = {{"model", o.against_model.empty() ? o.model : o.against_model}, {"kv", kv_pair_name(against)},
+                        {"bits", kv_pair_bits(against, m.config)}, {"cache_bytes", f.cache_bytes[1]}, {"tok_s", f.tok_s[1]},
                         {"ppl", a.against_ppl.mean}, {"error", a.against_ppl.error}, {"nll", a.against_nll.mean}, {"nll_error", a.against_nll.error},
                         {"kl", a.kl.mean}, {"kl_error", a.kl.error}, {"kl_median", a.kl_median}, {"kl_p99", a.kl_p99},
                         {"ln_ratio", a.ln_ratio.mean}, {"ln_ratio_error", a.ln_ratio.error}, {"delta_ppl", a.delta_ppl.mean}, {"delta_ppl_error", a.delta_ppl.error},

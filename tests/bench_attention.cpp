@@ -45,7 +45,8 @@ int main(int argc, char **argv) {
             cpu::attention(y.data(), q.data(), a.cache.view, 0, k16.data(), v16.data(), last.batch(), Hq);
             if (i > 0) a.us.push_back(std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - start).count());
         }
-    printf("decode attention, T %d, %d/%d heads x %d, %d threads\n%8s %8s %10s %9s %8s\n", T, Hq, Hkv, d, omp_get_max_threads(), "format", "bits", "us", "GB/s", "x f16");
+    printf("decode attention, T %d, %d/%d heads x %d, %d threads\n%8s %8s %10s %9s %8s\n", T, Hq, Hkv, d, omp_get_max_threads(), "format", "bits", "us", "GB/s",
+           "x f16");
     double f16_us = 0;
     for (Contender &a : all) {
         std::sort(a.us.begin(), a.us.end());

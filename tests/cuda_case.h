@@ -29,7 +29,9 @@ inline int step_rows(int n) { return std::min(n, environment("ROWS", n)); }
 
 // What attention_decode.cu takes, and how far codes are off there: 16-bit queries and weights, f16 cosines (the design's bound).
 constexpr double DECODE_BOUND = 1e-3;
-inline bool decodes_codes(KvFormat k, KvFormat v, int d) { return (d == 64 || d == 128) && k != KvFormat::f16 && v != KvFormat::f16 && !kv_is_scalar(k) && !kv_is_scalar(v); }
+inline bool decodes_codes(KvFormat k, KvFormat v, int d) {
+    return (d == 64 || d == 128) && k != KvFormat::f16 && v != KvFormat::f16 && !kv_is_scalar(k) && !kv_is_scalar(v);
+}
 
 // N sequences of one token.
 inline Rows plain_rows(int N) {
@@ -63,7 +65,9 @@ template <class T> struct OnDevice {
         const std::vector<uint8_t> poison(n * sizeof(T), 0xff);    // NaN: what an op leaves out is seen
         ops.upload(p, poison.data(), poison.size());
     }
-    OnDevice(const Ops &ops, const std::vector<T> &host) : ops(ops), n(host.size()), p((T *)ops.alloc(n * sizeof(T))) { ops.upload(p, host.data(), n * sizeof(T)); }
+    OnDevice(const Ops &ops, const std::vector<T> &host) : ops(ops), n(host.size()), p((T *)ops.alloc(n * sizeof(T))) {
+        ops.upload(p, host.data(), n * sizeof(T));
+    }
     OnDevice(const OnDevice &) = delete;
     ~OnDevice() { ops.release(p); }
     std::vector<T> host() const {
@@ -93,7 +97,8 @@ struct BothCaches {
     std::vector<std::vector<float>> q, k, v;
     KvCache on_cpu, on_gpu;
 
-    BothCaches(const Ops &gpu, const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1) : c(c), gpu(gpu), lengths(lengths), done(lengths.size(), 0) {
+    BothCaches(const Ops &gpu, const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1)
+        : c(c), gpu(gpu), lengths(lengths), done(lengths.size(), 0) {
         int longest = 1;
         for (size_t s = 0; s < lengths.size(); s++) {
             const int n = lengths[s];
@@ -106,7 +111,8 @@ struct BothCaches {
         kv_cache_open(on_gpu, gpu, c, o, (int)lengths.size(), longest);
     }
     static int64_t beside_bytes(const KvView &v, bool key) {
-        const int64_t records = (key ? v.k_format : v.v_format) == KvFormat::deco4 ? v.L * v.B : (int64_t)code_layers(key ? v.k_share : v.v_share, v.L) * v.n_blocks * v.Hkv;
+        const int64_t records =
+            (key ? v.k_format : v.v_format) == KvFormat::deco4 ? v.L * v.B : (int64_t)code_layers(key ? v.k_share : v.v_share, v.L) * v.n_blocks * v.Hkv;
         return (key ? v.k_beside : v.v_beside) ? records * (key ? v.k_beside_bytes : v.v_beside_bytes) : 0;
     }
     // The CPU's cache, byte for byte.  Both pools hand out blocks in the same order.
@@ -126,7 +132,9 @@ struct BothCaches {
         const int Hq = c.n_heads, n = c.n_kv_heads * c.head_dim, nq = Hq * c.head_dim;
         Rows rows;
         std::vector<float> qs, ks, vs;
-        auto append = [](std::vector<float> &to, const std::vector<float> &from, int p, int n) { to.insert(to.end(), from.begin() + (size_t)p * n, from.begin() + (size_t)(p + 1) * n); };
+        auto append = [](std::vector<float> &to, const std::vector<float> &from, int p, int n) {
+            to.insert(to.end(), from.begin() + (size_t)p * n, from.begin() + (size_t)(p + 1) * n);
+        };
         for (size_t s = 0; s < lengths.size(); s++) {
             if (until[s] > done[s]) kv_cache_reserve(on_cpu, (int)s, until[s]), kv_cache_reserve(on_gpu, (int)s, until[s]);
             for (; done[s] < until[s]; done[s]++) {

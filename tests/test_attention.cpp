@@ -33,7 +33,9 @@ struct Sequences {
     bool step(std::vector<int> &done, int rows_each, std::vector<std::vector<float>> *ref = nullptr) {
         Rows rows;
         std::vector<float> qs, ks, vs;
-        auto append = [](std::vector<float> &to, const std::vector<float> &from, int p, int n) { to.insert(to.end(), from.begin() + (size_t)p * n, from.begin() + (size_t)(p + 1) * n); };
+        auto append = [](std::vector<float> &to, const std::vector<float> &from, int p, int n) {
+            to.insert(to.end(), from.begin() + (size_t)p * n, from.begin() + (size_t)(p + 1) * n);
+        };
         for (size_t s = 0; s < lengths.size(); s++) {
             const int end = std::min(lengths[s], done[s] + rows_each);
             if (end > done[s]) kv_cache_reserve(cache, (int)s, end);
@@ -157,7 +159,8 @@ TEST_CASE("attention over codes: keys and values with means, every G, the head d
 
 TEST_CASE("attention over codes: a NaN in a query stays in its row and head") {
     const int d = 64, G = 2, length = 200;
-    Sequences clean(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b}), s(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b});
+    Sequences clean(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b}),
+        s(attention_config(1, G, d), {length}, {KvFormat::nsn2b, KvFormat::nsn2b});
     s.q[0][(150 * G + 1) * d + 3] = NAN;
     for (int c = 0; c < d; c++) clean.q[0][160 * G * d + c] = s.q[0][160 * G * d + c] = 0.0f;    // and a row of zeros: the mean of what it sees
     clean.run(64), s.run(64);

@@ -14,8 +14,8 @@ TEST_CASE("NSN fields at run time are those of the types") {
                 if constexpr (decltype(nsn)::has_code && decltype(nsn)::has_plain) {
                     using Nsn = decltype(nsn);
                     const NsnFields a = nsn_fields(nsn, *(typename Nsn::Block *)block.data()), b = nsn_fields(format, d, block.data());
-                    const bool same = a.d == b.d && a.channels == b.channels && a.code == b.code && a.sign == b.sign && a.s2_f16 == b.s2_f16 && a.s2_log8 == b.s2_log8 &&
-                                      a.s1 == b.s1 && a.mean == b.mean && a.mean_step == b.mean_step && a.mean_min == b.mean_min;
+                    const bool same = a.d == b.d && a.channels == b.channels && a.code == b.code && a.sign == b.sign && a.s2_f16 == b.s2_f16 &&
+                                      a.s2_log8 == b.s2_log8 && a.s1 == b.s1 && a.mean == b.mean && a.mean_step == b.mean_step && a.mean_min == b.mean_min;
                     INFO(std::string(kv_format_name(format)), " d ", d);
                     CHECK(same);
                 }
@@ -65,7 +65,8 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                         }
                         for (int i = 0; i < d; i++) {
                             int64_t sum = 0;
-                            for (int t = 0; t < KV_BLOCK; t++) sum += (int64_t)(w[m * 2 * KV_BLOCK + t] * 256 + w[(m * 2 + 1) * KV_BLOCK + t]) * x(t, cpu::code_channel(i, d, C));
+                            for (int t = 0; t < KV_BLOCK; t++)
+                                sum += (int64_t)(w[m * 2 * KV_BLOCK + t] * 256 + w[(m * 2 + 1) * KV_BLOCK + t]) * x(t, cpu::code_channel(i, d, C));
                             sums[(size_t)m * d + i] = (int)sum;
                             CHECK(sums[(size_t)m * d + i] == sum);
                         }

@@ -73,7 +73,8 @@ double read_value(const uint8_t *b, const uint8_t *beside, KvFormat format, int 
     case KvFormat::q4: return ((b[(t * d + c) / 2] >> (c % 2 * 4) & 15) - 8) * read_f16(b + row / 2 + 2 * (t * short_rows + c / 32));
     case KvFormat::tq2: return (two_bits() < 2 ? -1 : 1) * (two_bits() == 0 || two_bits() == 3 ? 1.5104 : 0.4528) * read_f16(b + row / 4 + 2 * t);
     case KvFormat::nqkv: {
-        static const double nf4[] = {-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0, 0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1};
+        static const double nf4[] = {-1,        -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0,
+                                     0.0795803, 0.1609302,  0.2461123,  0.3379152,  0.4407098,  0.5626170,  0.7229568,  1};
         const int tokens = d > 128 ? 1 : d > 64 ? 2 : d > 32 ? 4 : d > 16 ? 8 : d > 8 ? 16 : 32;
         return nf4[b[(t * d + c) / 2] >> (c % 2 * 4) & 15] * read_f16(b + row / 2 + 2 * (t / tokens));
     }
@@ -98,7 +99,8 @@ double read_value(const uint8_t *b, const uint8_t *beside, KvFormat format, int 
 struct Walk { std::vector<float> y, want; int64_t bytes; std::vector<uint8_t> sealed; };
 Walk walk(const Config &c, const KvOptions &o, int length, int rows, bool reference) {
     const int d = c.head_dim, Hq = c.n_heads, Hkv = c.n_kv_heads;
-    const std::vector<float> q = random_floats((size_t)length * Hq * d, 1, 2.0f), k = random_floats((size_t)length * Hkv * d, 2), v = random_floats((size_t)length * Hkv * d, 3);
+    const std::vector<float> q = random_floats((size_t)length * Hq * d, 1, 2.0f), k = random_floats((size_t)length * Hkv * d, 2),
+                             v = random_floats((size_t)length * Hkv * d, 3);
     KvCache cache;
     kv_cache_open(cache, cpu_ops, c, o, 1, length);
     Walk w = {std::vector<float>(q.size(), NAN), std::vector<float>(q.size(), NAN), cache.bytes, {}};
@@ -119,7 +121,8 @@ Walk walk(const Config &c, const KvOptions &o, int length, int rows, bool refere
         const uint8_t *blocks = key ? view.k_sealed : view.v_sealed, *beside = key ? view.k_beside : view.v_beside;
         const int64_t n = view.n_blocks * Hkv * (key ? view.k_block_bytes : view.v_block_bytes), record = key ? view.k_beside_bytes : view.v_beside_bytes;
         w.sealed.insert(w.sealed.end(), blocks, blocks + n);
-        if (beside) w.sealed.insert(w.sealed.end(), beside, beside + record * ((key ? view.k_format : view.v_format) == KvFormat::deco4 ? 1 : view.n_blocks * Hkv));
+        if (beside)
+            w.sealed.insert(w.sealed.end(), beside, beside + record * ((key ? view.k_format : view.v_format) == KvFormat::deco4 ? 1 : view.n_blocks * Hkv));
     }
     return w;
 }
@@ -200,9 +203,18 @@ TEST_CASE("baselines: bits a value at d = 128, everything counted") {
 }
 
 TEST_CASE("baselines: attention against rows rebuilt in f64, K and V apart, any head dimension") {
-    const KvOptions pairs[] = {{KvFormat::kivi2, KvFormat::kivi2}, {KvFormat::q8, KvFormat::q4}, {KvFormat::q4, KvFormat::tq2}, {KvFormat::tq2, KvFormat::q8},
-                               {KvFormat::kivi2, KvFormat::f16, 64, 64}, {KvFormat::f16, KvFormat::kivi2}, {KvFormat::nsn2, KvFormat::kivi2}, {KvFormat::kivi2, KvFormat::nsn1},
-                               {KvFormat::nqkv, KvFormat::deco4}, {KvFormat::deco4, KvFormat::xquant}, {KvFormat::xquant, KvFormat::nqkv}, {KvFormat::xquant, KvFormat::xquant, 64, 64}};
+    const KvOptions pairs[] = {{KvFormat::kivi2, KvFormat::kivi2},
+                               {KvFormat::q8, KvFormat::q4},
+                               {KvFormat::q4, KvFormat::tq2},
+                               {KvFormat::tq2, KvFormat::q8},
+                               {KvFormat::kivi2, KvFormat::f16, 64, 64},
+                               {KvFormat::f16, KvFormat::kivi2},
+                               {KvFormat::nsn2, KvFormat::kivi2},
+                               {KvFormat::kivi2, KvFormat::nsn1},
+                               {KvFormat::nqkv, KvFormat::deco4},
+                               {KvFormat::deco4, KvFormat::xquant},
+                               {KvFormat::xquant, KvFormat::nqkv},
+                               {KvFormat::xquant, KvFormat::xquant, 64, 64}};
     for (const KvOptions &o : pairs)
         for (int d : {8, 24, 48, 64, 128}) {
             const Walk w = walk(attention_config(2, 2, d), o, 200, 48, true);

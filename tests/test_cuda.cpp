@@ -116,7 +116,8 @@ TEST_CASE("cuda: sealing gives the reference's bytes, up to ties") {
                 KvOptions o;
                 o.k_format = o.v_format = (KvFormat)f, o.ablate = ablate;
                 BothCaches s(*gpu, attention_config(2, 1, d), {321, 70}, o, d);
-                for (const auto &[to, bytes] : {std::pair(s.on_gpu.view.k_sealed, s.on_gpu.view.k_block_bytes), {s.on_gpu.view.v_sealed, s.on_gpu.view.v_block_bytes}}) {
+                for (const auto &[to, bytes] :
+                     {std::pair(s.on_gpu.view.k_sealed, s.on_gpu.view.k_block_bytes), {s.on_gpu.view.v_sealed, s.on_gpu.view.v_block_bytes}}) {
                     const std::vector<uint8_t> poison(s.on_gpu.view.n_blocks * 2 * bytes, 0xff);    // all of it is read below
                     gpu->upload(to, poison.data(), poison.size());
                 }
@@ -207,7 +208,8 @@ TEST_CASE("cuda: golden logits of transformers, every dtype, decode and prefill"
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     const TempFolder folder("cuda");
-    for (const char *name : {"gqa1_d8", "gqa2_d48", "gqa3_d64", "gqa4_d96", "gqa8_d128", "gqa8_d8", "llama31_scaling", "untied", "f16", "bf16", "head_dim_apart"}) {
+    for (const char *name :
+         {"gqa1_d8", "gqa2_d48", "gqa3_d64", "gqa4_d96", "gqa8_d128", "gqa8_d8", "llama31_scaling", "untied", "f16", "bf16", "head_dim_apart"}) {
         if (!taken()) continue;
         INFO(std::string(name));
         const std::string source = std::string("tests/golden/hf/") + name, path = folder.path + name + ".bin";

@@ -51,7 +51,8 @@ TEST_CASE("cuda decode: every format, head shape and length against the f64 refe
                         }
                         CHECK(n_served == 2);
                     }
-                MESSAGE("d ", d, " K ", std::string(kv_format_name((KvFormat)k)), " V ", std::string(kv_format_name((KvFormat)v)), ": largest relative error ", worst);
+                MESSAGE("d ", d, " K ", std::string(kv_format_name((KvFormat)k)), " V ", std::string(kv_format_name((KvFormat)v)), ": largest relative error ",
+                        worst);
             }
 }
 
@@ -59,7 +60,8 @@ TEST_CASE("cuda decode: teams of every size, and thread blocks with several part
     const Ops *gpu = find_decode();
     if (!gpu) return;
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b})
-        for (const auto &[rows, heads, G] : {std::tuple(8, 8, 1), {8, 8, 4}, {9, 2, 4}, {20, 3, 4}, {40, 8, 1}, {40, 8, 2}, {33, 16, 1}, {70, 8, 1}, {160, 8, 1}, {96, 2, 5}}) {
+        for (const auto &[rows, heads, G] :
+             {std::tuple(8, 8, 1), {8, 8, 4}, {9, 2, 4}, {20, 3, 4}, {40, 8, 1}, {40, 8, 2}, {33, 16, 1}, {70, 8, 1}, {160, 8, 1}, {96, 2, 5}}) {
             if (f != KvFormat::f16 && f != KvFormat::nsn2b && rows != 20 && rows != 33) continue;    // the time it takes
             if (!taken()) continue;
             KvOptions o;
@@ -81,7 +83,8 @@ TEST_CASE("cuda decode: teams of every size, and thread blocks with several part
 TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
     const Ops *gpu = find_decode();
     if (!gpu) return;
-    for (const auto &[f, G] : {std::pair(KvFormat::f16, 4), {KvFormat::f16, 1}, {KvFormat::nsn2b, 4}, {KvFormat::nsn2b, 1}, {KvFormat::nsn2, 4}, {KvFormat::nsn2, 1}}) {
+    for (const auto &[f, G] :
+         {std::pair(KvFormat::f16, 4), {KvFormat::f16, 1}, {KvFormat::nsn2b, 4}, {KvFormat::nsn2b, 1}, {KvFormat::nsn2, 4}, {KvFormat::nsn2, 1}}) {
         if (!taken()) continue;
         KvOptions o;
         o.k_format = o.v_format = f;
@@ -141,7 +144,8 @@ TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
                     for (int p = last ? lengths[s] - 1 : 0; p < (last ? lengths[s] : lengths[s] - 1); p++) rows.add(0, (int)s, p, false);
                 }
                 const int N = (int)rows.token.size();
-                const OnDevice<float> q(*gpu, random_floats((size_t)N * nq, 1 + last, 2.0f)), k(*gpu, random_floats((size_t)N * n, 3 + last)), v(*gpu, random_floats((size_t)N * n, 5 + last));
+                const OnDevice<float> q(*gpu, random_floats((size_t)N * nq, 1 + last, 2.0f)), k(*gpu, random_floats((size_t)N * n, 3 + last)),
+                    v(*gpu, random_floats((size_t)N * n, 5 + last));
                 const OnDevice<float> turned(*gpu, q.host()), y(*gpu, q.n), y2(*gpu, q.n);
                 const OnDevice<f16> k16(*gpu, k.n), v16(*gpu, k.n);
                 const StepOn on(*gpu, rows, 8, d, nq);

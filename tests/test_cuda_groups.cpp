@@ -59,7 +59,8 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
                     bool within = true;
                     for (int n = 0; n < N; n++)
                         for (int o = 0; o < out; o++) {
-                            const double bound = product_bound(&x[(size_t)n * in], &w[(size_t)o * in], in, N), error = std::fabs(got[(size_t)n * out + o] - want[(size_t)n * out + o]);
+                            const double bound = product_bound(&x[(size_t)n * in], &w[(size_t)o * in], in, N),
+                                         error = std::fabs(got[(size_t)n * out + o] - want[(size_t)n * out + o]);
                             worst = std::max(worst, error / bound);
                             within = within && error <= bound;
                         }
@@ -111,8 +112,10 @@ TEST_CASE("cuda: matmul_add, qkv, gated and embed of q8 and q4") {
                             gpu->matmul(y.p, x.p, w, N, in, outs);
                             return y.host();
                         };
-                        const std::vector<float> of_a = product(a.m, out), of_b = product(b.m, out), of_k = product(b.m, kv_out), old = random_floats(of_a.size(), 5);
-                        const OnDevice<float> sum(*gpu, old), q(*gpu, of_a.size()), k(*gpu, of_k.size()), v(*gpu, of_k.size()), gate(*gpu, of_a.size()), up(*gpu, of_a.size());
+                        const std::vector<float> of_a = product(a.m, out), of_b = product(b.m, out), of_k = product(b.m, kv_out),
+                                                 old = random_floats(of_a.size(), 5);
+                        const OnDevice<float> sum(*gpu, old), q(*gpu, of_a.size()), k(*gpu, of_k.size()), v(*gpu, of_k.size()), gate(*gpu, of_a.size()),
+                            up(*gpu, of_a.size());
                         gpu->qkv(q.p, k.p, v.p, room.p, raw.p, norm, a.m, b.m, b.m, N, in, out, kv_out);
                         // Where the norm is part of the product, g x is what becomes integers, and s is off by 2^-21.
                         const std::vector<float> xs = x.host();
@@ -137,10 +140,12 @@ TEST_CASE("cuda: matmul_add, qkv, gated and embed of q8 and q4") {
                         bool added = true, within = true;
                         for (size_t i = 0; i < of_a.size(); i++) {
                             // cuBLAS may add old first: its sum is off by a rounding of each partial sum
-                            const double silu = of_a[i] / (1.0 + std::exp(-(double)of_a[i])), want = silu * of_b[i], rounding = N > FEW_ROWS ? in * 0x1p-22 : 0x1p-24;
+                            const double silu = of_a[i] / (1.0 + std::exp(-(double)of_a[i])), want = silu * of_b[i],
+                                         rounding = N > FEW_ROWS ? in * 0x1p-22 : 0x1p-24;
                             added = added && std::fabs(sums[i] - ((double)old[i] + of_a[i])) <= rounding * (std::fabs(old[i]) + std::fabs(of_a[i]) + in * 0.3);
                             const double of_gate = slack(A, i, out), of_up = slack(B, i, out);    // silu is no steeper than 1.1
-                            within = within && std::fabs(gates[i] - want) <= 1e-6 * std::fabs(want) + 1.1 * of_gate * (std::fabs(of_b[i]) + of_up) + std::fabs(silu) * of_up + FLT_MIN;
+                            within = within && std::fabs(gates[i] - want) <=
+                                                   1e-6 * std::fabs(want) + 1.1 * of_gate * (std::fabs(of_b[i]) + of_up) + std::fabs(silu) * of_up + FLT_MIN;
                         }
                         CHECK(added);
                         CHECK(within);

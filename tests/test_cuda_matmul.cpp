@@ -151,7 +151,8 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
                                 within = within && error <= normed.bound;
                                 if (o < kv_out) within = within && std::fabs(ks[r * kv_out + o] - want_up) <= normed.bound * up_size;
                                 // silu is no steeper than 1.1
-                                const double slack = normed.bound * (1.1 * size * (std::fabs(want_up) + normed.bound * up_size) + std::fabs(want / e) * up_size);
+                                const double slack =
+                                    normed.bound * (1.1 * size * (std::fabs(want_up) + normed.bound * up_size) + std::fabs(want / e) * up_size);
                                 within = within && std::fabs(gates[r * out + o] - want / e * want_up) <= slack + 1e-6 * std::fabs(want / e * want_up) + FLT_MIN;
                             }
                         CHECK(within);
@@ -168,7 +169,8 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
                             const int r = (int)i / out, o = (int)i % out;
                             double size = 0;
                             for (int j = 0; j < in; j++) size += std::fabs((double)host[(size_t)r * in + j] * A.f[(size_t)o * in + j]);
-                            const double slack = through_cublas(type, N, in) ? in * 0x1p-22 * (std::fabs(old[i]) + size) : 0x1p-24 * (std::fabs(old[i]) + std::fabs(products[i]));
+                            const double slack = through_cublas(type, N, in) ? in * 0x1p-22 * (std::fabs(old[i]) + size)
+                                                                             : 0x1p-24 * (std::fabs(old[i]) + std::fabs(products[i]));
                             added = added && std::fabs(sums[i] - ((double)old[i] + products[i])) <= slack;
                         }
                         CHECK(added);
@@ -187,7 +189,8 @@ TEST_CASE("cuda: qkv and gated of up to 8 rows give a row the same bits alone, a
             const OnDevice<uint8_t> w(*gpu, W.bytes);
             const Matrix first = {w.p, type}, second = {w.p + W.bytes.size() / 2, type};
             const OnDevice<float> x(*gpu, random_floats((size_t)N * in, 1)), gain(*gpu, random_floats(in, 3)), xn(*gpu, (size_t)N * in);
-            const OnDevice<float> q(*gpu, (size_t)N * out), k(*gpu, (size_t)N * kv_out), v(*gpu, (size_t)N * kv_out), gate(*gpu, (size_t)N * out), up(*gpu, (size_t)N * out);
+            const OnDevice<float> q(*gpu, (size_t)N * out), k(*gpu, (size_t)N * kv_out), v(*gpu, (size_t)N * kv_out), gate(*gpu, (size_t)N * out),
+                up(*gpu, (size_t)N * out);
             const StepOn step(*gpu, plain_rows(N), 1, 8, in);
             auto run = [&](int n, int rows) {    // everything, one after the other
                 const float *at = x.p + (size_t)n * in;
@@ -226,7 +229,8 @@ TEST_CASE("cuda: products of 9 to 32 rows against f64, and a row's bits in any o
         std::vector<float> host = random_floats((size_t)N * c.in, 1);
         for (float &e : host) e = HostMatrix::round_to(e, DType::f16);    // as the GPU does where there is no norm
         const std::vector<float> old = random_floats((size_t)N * c.out, 5);
-        const OnDevice<float> x(*gpu, host), gain(*gpu, random_floats(c.in, 6)), xn(*gpu, host.size()), y(*gpu, old.size()), gate(*gpu, (size_t)N * n_out), room(*gpu, (size_t)N * n_out);
+        const OnDevice<float> x(*gpu, host), gain(*gpu, random_floats(c.in, 6)), xn(*gpu, host.size()), y(*gpu, old.size()), gate(*gpu, (size_t)N * n_out),
+            room(*gpu, (size_t)N * n_out);
         const StepOn step(*gpu, plain_rows(N), 1, 8, c.in);
         const NormedProducts normed(host, N, c.in, true, true, false, 1e-5f);
         auto run = [&](int n, int rows) {

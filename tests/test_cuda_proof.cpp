@@ -52,7 +52,14 @@ TEST_CASE("cuda: codes are the cache: everything else poisoned, one bit flipped,
         auto next = [&](bool poisoned) {
             gpu->upload(v.k_exact, (poisoned ? k_rows : k_exact).data(), exact * 2), gpu->upload(v.v_exact, (poisoned ? v_rows : v_exact).data(), exact * 2);
             if (poisoned) {
-                for (const auto &x : {std::make_pair(a.x, c.dim), {a.xn, c.dim}, {a.q, c.n_heads * d}, {a.k, c.n_kv_heads * d}, {a.v, c.n_kv_heads * d}, {a.att, c.n_heads * d}, {a.gate, c.ffn_dim}, {a.up, c.ffn_dim}})
+                for (const auto &x : {std::make_pair(a.x, c.dim),
+                                      {a.xn, c.dim},
+                                      {a.q, c.n_heads * d},
+                                      {a.k, c.n_kv_heads * d},
+                                      {a.v, c.n_kv_heads * d},
+                                      {a.att, c.n_heads * d},
+                                      {a.gate, c.ffn_dim},
+                                      {a.up, c.ffn_dim}})
                     poison(*gpu, x.first, (size_t)T * x.second);
                 for (f16 *x : {a.k16, a.v16}) poison(*gpu, x, (size_t)T * c.n_kv_heads * d);
                 poison(*gpu, (uint8_t *)a.scratch, (size_t)gpu->scratch_bytes({T, c.n_heads, d, std::max(c.ffn_dim, c.n_heads * d)}));

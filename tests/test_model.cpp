@@ -49,7 +49,8 @@ static std::vector<int> read_ids(const std::string &path) {
 }
 
 TEST_CASE("golden logits of transformers: GQA 1-8, head_dim 8-128, every dtype, llama3 scaling, untied, head_dim apart") {
-    for (const char *name : {"gqa1_d8", "gqa2_d48", "gqa3_d64", "gqa4_d96", "gqa8_d128", "gqa8_d8", "llama31_scaling", "llama31_v5", "untied", "f16", "bf16", "head_dim_apart"}) {
+    for (const char *name :
+         {"gqa1_d8", "gqa2_d48", "gqa3_d64", "gqa4_d96", "gqa8_d128", "gqa8_d8", "llama31_scaling", "llama31_v5", "untied", "f16", "bf16", "head_dim_apart"}) {
         const std::string folder = std::string("tests/golden/hf/") + name;
         REQUIRE(exists(folder));
         const Model m = converted(folder, "tests/golden/hf/tokenizer.json");
@@ -95,7 +96,8 @@ TEST_CASE("stories260K (legacy, v1) and llama2xs: f64 golden logits and greedy i
 TEST_CASE("books models: greedy ids and top logits of transformers") {
     const nlohmann::json golden = nlohmann::json::parse(read_file("tests/golden/books.json"));
     // "Once upon a time, there was a little" and what transformers adds to it (the models' SOURCE.txt)
-    const std::vector<int> greedy_5m = {1, 914, 360, 655, 261, 600, 4033, 530, 312, 261, 587, 983, 4033, 471, 312, 261, 587, 983, 4033, 282, 312, 261, 587, 983, 4033};
+    const std::vector<int> greedy_5m = {1,   914, 360, 655, 261, 600,  4033, 530, 312, 261, 587, 983, 4033,
+                                        471, 312, 261, 587, 983, 4033, 282,  312, 261, 587, 983, 4033};
     const std::vector<int> greedy_46m = {1,   5058, 655,  261, 600, 8129, 530,  312, 261, 587, 983, 8129, 471, 312, 261, 983, 285, 585,
                                          4190, 8129, 282, 370, 261, 587, 2059, 8129, 471, 312, 261, 620, 774, 983, 8131, 13,  13};
     for (const char *name : {"books-5m", "books-46m"}) {

@@ -108,7 +108,8 @@ TEST_CASE("golden blocks: our decoder reads them as the independent one does, ou
         // f32 against f64 may fall on the other side of a tie between codewords or roundings: counted below, and never worse.
         double ours_error = 0, golden_error = 0;
         for (int t = 0; t < KV_BLOCK; t++) {
-            const std::vector<double> a = decode_row(format, ours.data(), d, key, t, tables.view()), b = decode_row(format, golden.data(), d, key, t, tables.view());
+            const std::vector<double> a = decode_row(format, ours.data(), d, key, t, tables.view()),
+                                      b = decode_row(format, golden.data(), d, key, t, tables.view());
             for (int c = 0; c < d; c++) {
                 double want = to_f32(x[t * d + c]);
                 if (key) {
@@ -228,7 +229,14 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         auto next = [&](const Ops &ops, bool poison) {
             std::copy(k_exact.begin(), k_exact.end(), v.k_exact), std::copy(v_exact.begin(), v_exact.end(), v.v_exact);
             if (poison) {
-                for (const auto &x : {std::make_pair(a.x, c.dim), {a.xn, c.dim}, {a.q, c.n_heads * c.head_dim}, {a.k, c.n_kv_heads * c.head_dim}, {a.v, c.n_kv_heads * c.head_dim}, {a.att, c.n_heads * c.head_dim}, {a.gate, c.ffn_dim}, {a.up, c.ffn_dim}})
+                for (const auto &x : {std::make_pair(a.x, c.dim),
+                                      {a.xn, c.dim},
+                                      {a.q, c.n_heads * c.head_dim},
+                                      {a.k, c.n_kv_heads * c.head_dim},
+                                      {a.v, c.n_kv_heads * c.head_dim},
+                                      {a.att, c.n_heads * c.head_dim},
+                                      {a.gate, c.ffn_dim},
+                                      {a.up, c.ffn_dim}})
                     std::fill(x.first, x.first + (size_t)T * x.second, NAN);
                 for (f16 *x : {a.k16, a.v16}) std::fill(x, x + (size_t)T * c.n_kv_heads * c.head_dim, to_f16(NAN));
                 for (int64_t l = 0; l < c.n_layers; l++)    // rows of the ring that are sealed

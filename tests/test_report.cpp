@@ -47,7 +47,8 @@ TEST_CASE("memory: exactly enough is enough, a byte less is one line with exit c
     const Outcome o = outcome_of([&] { announce_memory(m, ops, plan, true); });
     CHECK(o.code == 1);
     CHECK(o.line.find('\n') == std::string::npos);
-    for (const char *part : {"memory: ", "MiB needed beside weights of 12.0 MiB", "cache 64", "8 x 2048 tokens, f16/f16", "activations", "would fit: up to 1984 tokens a sequence", "up to 7 sequences at once"})
+    for (const char *part : {"memory: ", "MiB needed beside weights of 12.0 MiB", "cache 64", "8 x 2048 tokens, f16/f16", "activations",
+                             "would fit: up to 1984 tokens a sequence", "up to 7 sequences at once"})
         CHECK_MESSAGE(contains(o.line, part), part << " is not in: " << o.line);
     can_give = -1;    // nobody says: not our reason to stop
     CHECK(memory_problem(m, ops, plan) == "");
@@ -152,7 +153,9 @@ TEST_CASE("random weights without a file: every tensor in its place, numbers of 
             double sum = 0, squares = 0;
             const int64_t n = (int64_t)c.vocab * c.dim;
             for (int64_t i = 0; i < n; i++) {
-                const double w = type == DType::f32 ? ((const float *)m.embed.data)[i] : type == DType::f16 ? to_f32(((const f16 *)m.embed.data)[i]) : to_f32(((const bf16 *)m.embed.data)[i]);
+                const double w = type == DType::f32   ? ((const float *)m.embed.data)[i]
+                                 : type == DType::f16 ? to_f32(((const f16 *)m.embed.data)[i])
+                                                      : to_f32(((const bf16 *)m.embed.data)[i]);
                 sum += w, squares += w * w;
             }
             CHECK(std::fabs(sum / n) < 0.01);                                        // 4,160 numbers of deviation 1/4
