@@ -76,47 +76,46 @@ LANE_FUNCTION void load_group(f32x16 (&w)[2], const uint8_t *code, float s) {
 #endif
 }
 
-// y[r,c] = sum_i x[r,i] W[c,i], as dot_tile; x (R,in), y rows y_stride apart.
-template <int R, int C, class Rows>
-LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W, int64_t y_stride) {
-    constexpr int LINE_GROUPS = CACHE_LINE / Rows::GROUP_BYTES;
+// y[c] = sum_i x[i] W[c,i], as dot_tile; x (in).
+template <int C, class Rows> LANE_FUNCTION void dot_groups_tile(float *y, const float *x, const Rows &W) {
+    constexpr int LINE_GROUPS = CACHE_LINE / Rows::GROUP_BYTES, TOGETHER = PARTS == 1 ? C : 1;    // outputs whose weights fit in registers
     const int64_t in = W.in, groups = in / GROUP;
     const int64_t ahead = ceil_div(PREFETCH_BYTES, C * groups * Rows::GROUP_BYTES) * C;    // rows
-    f32x16 sum[R][C];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sum[r][c] = splat16(0.0f);
+    f32x16 sum[1][C];
+    for (int c = 0; c < C; c++) sum[0][c] = splat16(0.0f);
     for (int64_t first = 0; first < groups; first += LANES) {
         // Scales of 16 groups at once: one conversion, then a broadcasting load a group.  The last 16 may repeat some.
         const int64_t end = groups - first < LANES ? groups : first + LANES, from = end < LANES ? 0 : end - LANES;
         float s[C][LANES];
         for (int c = 0; c < C; c++) {
             const f16 *scale = W.scale + c * groups + from;
-            if (R == 1) __builtin_prefetch(scale + ahead * groups);
+            __builtin_prefetch(scale + ahead * groups);
             if (groups >= LANES) store16(s[c], load16(scale));
             else
                 for (int i = 0; i < groups; i++) s[c][i] = to_f32(scale[i]);
         }
         for (int64_t g = first; g < end; g++) {
-            if (R == 1 && g % LINE_GROUPS == 0)    // one row waits for memory: dot.h
+            if (g % LINE_GROUPS == 0)
                 for (int c = 0; c < C; c++) __builtin_prefetch(W.group(ahead + c, g));
-            f32x16 w[C][2];
-            for (int c = 0; c < C; c++) load_group(w[c], W.group(c, g), s[c][g - from]);
-            for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c += TOGETHER) {
+                f32x16 w[TOGETHER][2];
+                for (int i = 0; i < TOGETHER; i++) load_group(w[i], W.group(c + i, g), s[c + i][g - from]);
                 for (int h = 0; h < 2; h++) {
-                    const f32x16 xr = load16(x + r * in + g * GROUP + h * LANES);
-                    for (int c = 0; c < C; c++) add_product(sum[r][c], xr, w[c][h]);
+                    const f32x16 xh = load16(x + g * GROUP + h * LANES);
+                    for (int i = 0; i < TOGETHER; i++) add_product(sum[0][c + i], xh, w[i][h]);
                 }
+            }
         }
     }
-    store_sums(y, sum, y_stride);
+    store_sums(y, sum, 0);
 }
 
 // The same for up to DOT_OUT outputs and any number of rows.
 template <class Rows> static void dot_groups(float *y, const float *x, const Rows &W, int rows, int outs, int64_t y_stride) {
     for (int r = 0; r < rows; r++) {
-        if (outs == DOT_OUT) dot_groups_tile<1, DOT_OUT>(y + r * y_stride, x + r * W.in, W, y_stride);
+        if (outs == DOT_OUT) dot_groups_tile<DOT_OUT>(y + r * y_stride, x + r * W.in, W);
         else
-            for (int c = 0; c < outs; c++) dot_groups_tile<1, 1>(y + r * y_stride + c, x + r * W.in, W.from(c), y_stride);
+            for (int c = 0; c < outs; c++) dot_groups_tile<1>(y + r * y_stride + c, x + r * W.in, W.from(c));
     }
 }
 
