@@ -34,6 +34,7 @@
 // Limits  d a multiple of 32; other dimensions are widened (attention_tile.h).
 //         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
 //         that were just stored), or for values alone (11%).
+//         Tried, portable: VPDPWSSD for PMADDWD and an addition (2% with AVX-VNNI, nothing to 8% with AVX-512 VNNI).
 //         Tried: codewords in token order, lanes of a token folded afterwards (84 more instructions a query).
 //         Tried: loops over sums unrolled by templates, so that GCC 12 copies no sum to another register and back (5% at best, the
 //         machine's own noise), and the codebook kept out of registers beside it (nothing).
