@@ -30,7 +30,7 @@
 //         need 2,050 on two ports.  Scores of means and all else that makes a score 20%, keys' codes 20%, values' codes 25%, softmax
 //         12%, rounding of weights and adding sums 8%, scales 5%.
 //         16,384 tokens, 8 query heads over 2, 2 threads of an EPYC, us (f16 with the same flags): portable with AVX2 1,030 (1,510), with
-//         AVX-512 but no VBMI 840 (1,110), with SSE2 alone 1,450 (6,480).  10,600, 9,640 and 9,660 when a channel was looked up at a time.
+//         AVX-512 but no VBMI 840 (1,110), with SSE2 alone 1,370 (3,180).  10,600, 9,640 and 9,660 when a channel was looked up at a time.
 // Limits  d a multiple of 32; other dimensions are widened (attention_tile.h).
 //         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
 //         that were just stored), or for values alone (11%).

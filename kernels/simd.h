@@ -50,8 +50,12 @@ LANE_FUNCTION f32x16 load16(const f16 *p) {
     x.part[0] = (vn)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)p));
 #elif defined(__F16C__)
     for (int i = 0; i < PARTS; i++) x.part[i] = (vn)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + i * NATIVE)));
-#else
-    for (int i = 0; i < LANES; i++) x.part[i / NATIVE][i % NATIVE] = to_f32(p[i]);
+#else    // exponent and fraction move up and 2^112 makes up for the other bias, subnormals too; infinity and NaN get all exponent bits
+    typedef uint16_t halves __attribute__((vector_size(NATIVE * 2), aligned(2), may_alias));
+    for (int i = 0; i < PARTS; i++) {
+        const vni h = __builtin_convertvector(*(const halves *)(p + i * NATIVE), vni), size = (h & 0x7fff) << 13;
+        x.part[i] = (vn)((vni)((vn)size * 0x1p112f) | ((size >= 31 << 23) & 0x7f800000) | (h & 0x8000) << 16);
+    }
 #endif
     return x;
 }

@@ -40,6 +40,20 @@ TEST_CASE("f16 and bf16 round to nearest even and survive the way back") {
     CHECK(std::isnan(to_f32(to_bf16(NAN))));
 }
 
+TEST_CASE("every f16 and bf16 among sixteen is widened as alone") {
+    for (int first = 0; first < 65536; first += LANES) {
+        uint16_t bits[LANES];
+        for (int i = 0; i < LANES; i++) bits[i] = (uint16_t)(first + i);
+        float halves[LANES], bfs[LANES];
+        store16(halves, load16((const f16 *)bits)), store16(bfs, load16((const bf16 *)bits));
+        for (int i = 0; i < LANES; i++) {
+            const float h = to_f32(f16{bits[i]}), b = to_f32(bf16{bits[i]});
+            CHECK((f32_to_bits(halves[i]) == f32_to_bits(h) || (std::isnan(halves[i]) && std::isnan(h))));
+            CHECK((f32_to_bits(bfs[i]) == f32_to_bits(b) || (std::isnan(bfs[i]) && std::isnan(b))));
+        }
+    }
+}
+
 TEST_CASE("exp16 against exp") {
     double worst = 0;
     for (float x = 0; x > -87.0f; x -= 0.00137f) {
