@@ -31,12 +31,13 @@ inline void load_rows(Tile &tile, const f16 *x, int n, int d, int stride) {    /
 inline void load_nsn(Tile &tile, KvFormat format, const NsnFields &f, unsigned ablate, int stride) {
     tile.has_code = tile.has_plain = true;
     tile.rotated = !(ablate & NO_HADAMARD), tile.turned = !(ablate & NO_PRE_ROPE);
+    const float delta = code_delta(format);
     float mean[MAX_HEAD_DIM];
     int16_t x[KV_BLOCK * MAX_HEAD_DIM];
     for (int c = 0; c < f.d; c++) mean[c] = f.mean_at(c);
     codewords(x, format, f);
     for (int t = 0; t < KV_BLOCK; t++) {
-        const float s1 = f.s1->at(t), s = s1 * f.s2(t) * code_delta(format);
+        const float s1 = f.s1->at(t), s = s1 * f.s2(t) * delta;
         for (int c = 0; c < f.d; c++) tile.code[t * stride + c] = s * (x[t * f.d + c] + 0.5f), tile.plain[t * stride + c] = s1 * mean[c];
     }
 }
