@@ -15,7 +15,7 @@ float code_delta(KvFormat format) {
     return format == KvFormat::nsn1 ? NSN1_DELTA : format == KvFormat::nsn2 ? NSN2_DELTA : format == KvFormat::nsn2b ? NSN2B_DELTA : NSN4B_DELTA;
 }
 
-// Where sum i of code_weighted belongs.  avx512: from 64 codes a token on, 16 neighbouring lanes are four codes of each quarter of 64.
+// avx512: plane by plane; from 64 codes a token on, 16 neighbouring lanes are four codes of each quarter of 64.
 int code_channel(int i, int d, int C) {
     if (!by_avx512(d)) return i;
     const int n_codes = d / C, j = i % n_codes;
@@ -33,7 +33,7 @@ void codes_in_order(float *x, int d, int C) {
 struct WideBook { alignas(64) int16_t entry[256 * 8], flip[256 * 8]; };    // entry (256, C)
 static const WideBook &wide_book(KvFormat format) {
     auto make = [](KvFormat f, int C) {
-        WideBook b;
+        WideBook b = {};
         for (int i = 0; i < 256 * C; i++) b.entry[i] = kv_codebook(f)[i];
         for (int i = 0; i < 256 * 8; i++) b.flip[i] = (int16_t)-(i / 8 >> i % 8 & 1);
         return b;
@@ -88,7 +88,7 @@ void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnField
 }
 
 // Weights are 16 bits without a sign, the products' are with one: 2^15 is taken off and the sum of x is added so many times.
-template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint8_t *w, const int *place, int d) {
+template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint8_t *w, int d) {
     int32_t pairs[Q][KV_BLOCK / 2];    // of tokens
     for (int i = 0; i < Q; i++) {
         int16_t weight[KV_BLOCK];
@@ -111,18 +111,16 @@ template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint
         for (int i = 0; i < Q; i++)
             for (int h = 0; h < 2; h++) {
                 const vni all = sum[i][h] + (of_x[h] << 15);
-                for (int l = 0; l < NATIVE; l++) sums[i * d + place[c + l / 4 * 8 + h * 4 + l % 4]] = all[l];
+                for (int l = 0; l < NATIVE; l++) sums[i * d + c + l / 4 * 8 + h * 4 + l % 4] = all[l];
             }
     }
 }
 void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
     int16_t *x = (int16_t *)s.x;
     codewords(x, format, f);
-    int place[MAX_HEAD_DIM];
-    for (int i = 0; i < f.d; i++) place[code_channel(i, f.d, f.channels)] = i;
     int m = 0;
-    for (; m + 4 <= M; m += 4) weighted_of<4>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, place, f.d);
-    for (; m < M; m++) weighted_of<1>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, place, f.d);
+    for (; m + 4 <= M; m += 4) weighted_of<4>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, f.d);
+    for (; m < M; m++) weighted_of<1>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, f.d);
 }
 }    // namespace portable
 

@@ -39,7 +39,7 @@
 //         Tried: loops over sums unrolled by templates, so that GCC 12 copies no sum to another register and back (5% at best, the
 //         machine's own noise), and the codebook kept out of registers beside it (nothing).
 //
-// Sums over values stand plane by plane until codes_in_order().
+// Sums over values stand plane by plane until codes_in_order(), where avx512 makes them.
 // Tested by tests/test_attention_codes.cpp and test_attention.cpp                  Timed by tests/bench_attention.cpp
 #pragma once
 #include <vector>
@@ -87,13 +87,13 @@ void codewords(int16_t *x, KvFormat format, const NsnFields &f);
 void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stride);
 // score (M, KV_BLOCK) of keys in block i of a sequence.
 void code_scores(float *score, CodeScratch &s, const float *q, int M, int stride, KvFormat format, int d, const uint8_t *block, RopeTable rope, int i);
-// o (M, 2, stride) += weights p (M, KV_BLOCK) times values: of the codes, plane by plane, and of the mean.
+// o (M, 2, stride) += weights p (M, KV_BLOCK) times values: of the codes, as code_channel() has them, and of the mean.
 void code_sums(float *o, CodeScratch &s, const float *p, int M, int stride, KvFormat format, int d, const uint8_t *block);
-// From plane by plane to channel order, in place.
+// To channel order, in place.
 void codes_in_order(float *x, int d, int C);
 
-// The integers.  dots[m,t] = sum_c value[m,c] x_t[c];  sums[m,i] = sum_t w[m,t] x_t[code_channel(i)],
-// w (M, 2, KV_BLOCK) in bytes.
+// The integers.  dots[m,t] = sum_c value[m,c] x_t[c];  sums[m,i] = sum_t w[m,t] x_t[c], w (M, 2, KV_BLOCK) in bytes: c is i for
+// portable and code_channel(i) for avx512.  Where portable serves d, code_channel(i) is i.
 int code_channel(int i, int d, int C);
 namespace portable {
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f);

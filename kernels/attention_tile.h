@@ -57,9 +57,9 @@ template <int BITS> inline void load_codes(uint8_t *q, const uint8_t *code, int 
 inline void load_scalars(Tile &tile, const ScalarFields &f, unsigned ablate, int stride) {
     tile.has_code = true, tile.has_plain = false, tile.rotated = f.rotated && !(ablate & NO_HADAMARD);
     const int d = f.d, width = basis_width(d);
-    const bool even = f.rule != ScalarRule::normal4 && f.rule != ScalarRule::nf4;    // levels are 1 apart
-    float level[256], basis[16 * 16], scale[MAX_HEAD_DIM], zero[MAX_HEAD_DIM] = {};
-    for (int q = 0; q < 1 << f.bits; q++) level[q] = scalar_level(f.rule, f.bits, q);
+    const bool even = f.rule != ScalarRule::normal4 && f.rule != ScalarRule::nf4;    // levels are 1 apart; others have 4 bits at most
+    float level[16], basis[16 * 16], scale[MAX_HEAD_DIM], zero[MAX_HEAD_DIM] = {};
+    for (int q = 0; q < (even ? 1 : 1 << f.bits); q++) level[q] = scalar_level(f.rule, f.bits, q);
     for (int i = 0; f.basis && i < width * width; i++) basis[i] = to_f32(f.basis[i]);
     for (int t = 0; t < KV_BLOCK; t++) {
         float *const x = &tile.code[t * stride], value[MAX_HEAD_DIM];
