@@ -55,6 +55,6 @@ static bool cpu_bf16_to_f16(void *, int64_t) { return false; }    // both are wi
 const Ops cpu_ops = {
     "cpu",             cpu_alloc,    free,           cpu_copy,     cpu_copy,        cpu_available, cpu_bf16_to_f16, cpu_read_gb_s,
     cpu_scratch_bytes, cpu_begin,    cpu_replay,     cpu_end,
-    cpu::embed,        cpu::gather,  cpu::rmsnorm,   cpu::matmul,  cpu::matmul_add, cpu::qkv,      cpu::gated,
+    cpu::embed,        cpu::gather,  cpu::rmsnorm,   cpu::matmul,  cpu::matmul_add, cpu::unembed,  cpu::qkv,       cpu::gated,
     cpu::rope,         cpu_attend,   cpu::kv_write, cpu::attention, cpu::kv_keep,
 };

@@ -252,7 +252,7 @@ const Ops *cuda_ops(std::string *why_not) {
     static const Ops ops = {
         "cuda",        alloc,    release,   upload,  download,   available, bf16_to_f16, read_gb_s,
         scratch_bytes, begin,    replay,    end,
-        embed,         gather,   rmsnorm,   matmul,  matmul_add, qkv,       gated,
+        embed,         gather,   rmsnorm,   matmul,  matmul_add, unembed,   qkv,         gated,
         rope,          attend,   kv_write,  attention, kv_keep,
     };
     if (stream) return &ops;

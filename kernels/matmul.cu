@@ -2,7 +2,8 @@
 
    matmul       y[n,o]  = sum_i x[n,i] W[o,i]        y (N,out), x (N,in) f32;  W (out,in), row-major, any DType
    matmul_add   y[n,o] += sum_i x[n,i] W[o,i]        the residual stream
-   qkv          q, k, v = three products of n = rmsnorm(x)
+   unembed      y = the product of n = rmsnorm(x)
+   qkv          q, k, v = three products of n
    gated        gate = silu(n Wgate^T) * (n Wup^T)   rmsnorm.cu and swiglu.cu have the formulas' sources
 
    Math      On the CPU every y[n,o] is one sum of 16 lanes: lane j adds the products of i = j, j + 16, ... in order, then
@@ -112,6 +113,10 @@ void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm
     product.resize(std::max<size_t>(product.size(), n));
     matmul(product.data(), x, W, N, in, out);
     for (int64_t i = 0; i < n; i++) y[i] += product[i];
+}
+void unembed(float *y, float *xn, const float *x, Norm norm, Matrix W, int N, int in, int out) {
+    rmsnorm(xn, x, norm.weight, norm.eps, N, in);
+    matmul(y, xn, W, N, in, out);
 }
 void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
     rmsnorm(xn, x, norm.weight, norm.eps, N, in);
@@ -231,6 +236,7 @@ void matmul(float *y, const float *x, Matrix W, int N, int in, int out) { multip
 void matmul_add(float *y, const float *x, Matrix W, int N, int in, int out, Norm next) {
     multiply({{W}, {y}, {out}, true, false, {}, next.weight != nullptr, next}, 1, x, N, in);
 }
+void unembed(float *y, float *xn, const float *x, Norm norm, Matrix W, int N, int in, int out) { multiply({{W}, {y}, {out}, false, false, norm}, 1, x, N, in, xn); }
 void qkv(float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out) {
     multiply({{Wq, Wk, Wv}, {q, k, v}, {q_out, kv_out, kv_out}, false, false, norm}, 3, x, N, in, xn);
 }

@@ -83,8 +83,9 @@ struct Ops {
     void (*rmsnorm)  (float *y, const float *x, const float *w, float eps, int N, int D);    // y = w * x / rms(x)
     void (*matmul)   (float *y, const float *x, Matrix W, int N, int in, int out);           // y (N,out) = x (N,in) W^T
     void (*matmul_add)(float *y, const float *x, Matrix W, int N, int in, int out, Norm next);    // y += x W^T; next: the norm of y that comes next, or {}
-    // Products that share n = rmsnorm(x), so that a backend may do them together; xn (N,in) is room for n:  q (N,q_out),
+    // Products of n = rmsnorm(x), so that a backend may do all of it together; xn (N,in) is room for n:  y (N,out);  q (N,q_out),
     // k, v (N,kv_out);  gate (N,out) = silu(n Wgate^T) * (n Wup^T), up (N,out) is room for the second product.
+    void (*unembed)  (float *y, float *xn, const float *x, Norm norm, Matrix W, int N, int in, int out);
     void (*qkv)      (float *q, float *k, float *v, float *xn, const float *x, Norm norm, Matrix Wq, Matrix Wk, Matrix Wv, int N, int in, int q_out, int kv_out);
     void (*gated)    (float *gate, float *up, float *xn, const float *x, Norm norm, Matrix Wgate, Matrix Wup, int N, int in, int out);
     void (*rope)     (float *q, const Batch &b, RopeTable table, int H, int d);              // q (N,H,d) turned by pos[n], in place
@@ -110,6 +111,7 @@ template <class Pointer> using OpFunction = std::remove_pointer_t<Pointer>;
     OpFunction<decltype(Ops::rmsnorm)> rmsnorm;                                                                                   \
     OpFunction<decltype(Ops::matmul)> matmul;                                                                                     \
     OpFunction<decltype(Ops::matmul_add)> matmul_add;                                                                             \
+    OpFunction<decltype(Ops::unembed)> unembed;                                                                                    \
     OpFunction<decltype(Ops::qkv)> qkv;                                                                                           \
     OpFunction<decltype(Ops::gated)> gated;                                                                                       \
     void swiglu(float *gate, const float *up, int64_t n);    /* what gated is made of: swiglu.cu */                               \

@@ -24,12 +24,12 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
 
         // feed-forward: x += Wdown (silu(Wgate n) * (Wup n)),  n = rmsnorm(x)
         op.gated(a.gate, a.up, a.xn, a.x, {w.ffn_norm, c.norm_eps}, w.w_gate, w.w_up, N, D, F);
-        op.matmul_add(a.x, a.gate, w.w_down, N, F, D, l + 1 < c.n_layers ? Norm{m.layers[l + 1].attn_norm, c.norm_eps} : Norm{});
+        op.matmul_add(a.x, a.gate, w.w_down, N, F, D, {l + 1 < c.n_layers ? m.layers[l + 1].attn_norm : m.out_norm, c.norm_eps});
     }
     if (b.n_out > 0) {
-        op.gather(a.x_out, a.x, b.out, b.n_out, D);
-        op.rmsnorm(a.x_out, a.x_out, m.out_norm, c.norm_eps, b.n_out, D);
-        op.matmul(a.logits, a.x_out, m.unembed, b.n_out, D, c.vocab);
+        const bool all = b.n_out == N;
+        if (!all) op.gather(a.x_out, a.x, b.out, b.n_out, D);
+        op.unembed(a.logits, a.xn, all ? a.x : a.x_out, {m.out_norm, c.norm_eps}, m.unembed, b.n_out, D, c.vocab);
     }
     op.end();
 }

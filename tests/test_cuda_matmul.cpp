@@ -110,7 +110,7 @@ struct NormedProducts {
     }
 };
 
-TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_add against matmul") {
+TEST_CASE("cuda: qkv, unembed and gated against the norm and the products in f64, matmul_add against matmul") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     double worst = 0;
@@ -140,7 +140,8 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
                         const OnDevice<float> q(*gpu, n_out), k(*gpu, n_kv), v(*gpu, n_kv), gate(*gpu, n_out), up(*gpu, n_out), y(*gpu, n_out);
                         gpu->qkv(q.p, k.p, v.p, xn.p, x.p, norm, {wa.p, type}, {wb.p, up_type}, {wb.p, up_type}, N, in, out, kv_out);
                         gpu->gated(gate.p, up.p, xn.p, x.p, norm, {wa.p, type}, {wb.p, up_type}, N, in, out);
-                        const std::vector<float> qs = q.host(), ks = k.host(), vs = v.host(), gates = gate.host();
+                        gpu->unembed(y.p, xn.p, x.p, norm, {wa.p, type}, N, in, out);
+                        const std::vector<float> qs = q.host(), ks = k.host(), vs = v.host(), gates = gate.host(), logits = y.host();
                         bool within = true;
                         for (int r = 0; r < N; r++)
                             for (int o = 0; o < out; o++) {
@@ -149,6 +150,7 @@ TEST_CASE("cuda: qkv and gated against the norm and the products in f64, matmul_
                                 const double error = std::fabs(qs[r * out + o] - want) / size;
                                 worst = std::max(worst, error / normed.bound);
                                 within = within && error <= normed.bound;
+                                if (up_type == type) within = within && std::fabs(logits[r * out + o] - want) <= normed.bound * size;
                                 if (o < kv_out) within = within && std::fabs(ks[r * kv_out + o] - want_up) <= normed.bound * up_size;
                                 // silu is no steeper than 1.1
                                 const double slack =

@@ -123,7 +123,7 @@ TEST_CASE("swiglu against the reference") {
     }
 }
 
-TEST_CASE("matmul_add, qkv and gated are made of rmsnorm, matmul and swiglu, bit for bit") {
+TEST_CASE("matmul_add, unembed, qkv and gated are made of rmsnorm, matmul and swiglu, bit for bit") {
     for (int in : {8, 40, 288})
         for (int N : {1, 3, 8, 9}) {
             const int out = 24, kv_out = 17;
@@ -145,6 +145,8 @@ TEST_CASE("matmul_add, qkv and gated are made of rmsnorm, matmul and swiglu, bit
             CHECK(q == a);
             CHECK(k == c);
             CHECK(v == c);
+            cpu::unembed(q.data(), xn.data(), x.data(), norm, B.m, N, in, out);
+            CHECK(q == b);
             cpu::gated(q.data(), up.data(), xn.data(), x.data(), norm, A.m, B.m, N, in, out);
             cpu::swiglu(a.data(), b.data(), (int64_t)a.size());
             CHECK(q == a);
