@@ -22,6 +22,7 @@ const Ops *cuda_ops(std::string *why_not) {
 #endif
 #else
 #include <algorithm>
+#include "ring.cuh"
 #include "rows16.cuh"
 
 namespace cuda {
@@ -34,6 +35,28 @@ int64_t launches;
 Step step;
 
 static void forget_steps();
+
+CUtensorMap map_boxes(const void *data, int64_t pitch, int64_t rows, int bytes, int box_rows, int at_once) {
+    static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
+#else
+        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found));
+#endif
+        if (!encode) fail("GPU: the driver has no cuTensorMapEncodeTiled: too old");
+    }
+    const bool one = at_once == 1;
+    const cuuint64_t size[3] = {(cuuint64_t)(one ? pitch : bytes), (cuuint64_t)rows, (cuuint64_t)(pitch / bytes)}, pitches[2] = {(cuuint64_t)pitch, (cuuint64_t)bytes};
+    const cuuint32_t box[3] = {(cuuint32_t)bytes, (cuuint32_t)box_rows, (cuuint32_t)at_once}, stride[3] = {1, 1, 1};
+    CUtensorMap map;
+    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, one ? 2 : 3, (void *)data, size, pitches, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (error != CUDA_SUCCESS) fail("GPU: %lld rows of %lld bytes have no tensor map: error %d", (long long)rows, (long long)pitch, (int)error);
+    return map;
+}
 
 // ---- memory ---------------------------------------------------------------------------------------------
 static int64_t available() {

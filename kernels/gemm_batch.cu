@@ -117,21 +117,11 @@ template <int GROUPS> __device__ inline void narrow_result(Rows16 rows, bool nor
     if (k % SQUARES == 0) rows.squares[k / SQUARES * (8 * GROUPS) + n] = square;
 }
 
-// Tiles of a matrix have no rows of the next one; gated: 8 of gate, 8 of up.
-struct Tile { int m, row; };    // matrix, first output
-HD int tiles_of(const Products &p, int m) { return (p.out[m] + p.tile_outs(ROWS) - 1) / p.tile_outs(ROWS); }
-HD int tiles_of(const Products &p) { return p.gated ? tiles_of(p, 0) : tiles_of(p, 0) + tiles_of(p, 1) + tiles_of(p, 2); }
-__device__ inline Tile tile_of(const Products &p, int tile) {
-    int m = 0;
-    if (!p.gated)
-        while (m + 1 < MAX_PRODUCTS && tile >= tiles_of(p, m)) tile -= tiles_of(p, m++);
-    return {m, tile * p.tile_outs(ROWS)};
-}
 struct Maps { CUtensorMap of[MAX_PRODUCTS]; };    // the matrices; boxes of a tile's rows and STEP inputs
 
 // `made`: rows has g x already; into: where the next product wants its own, if not null.
 template <int GROUPS>
-__global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, const float *x,
+__global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, Tiles share, const float *x,
                                                                 const __grid_constant__ Rows16 rows, bool made,
                                                                 const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages) {
     using S = Shared<GROUPS>;
@@ -139,21 +129,21 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     float *const sums = (float *)shared;                          // [row of x][part of the inputs][tile][output]
     double *const squares = (double *)(shared + S::SQUARES_AT);   // [of SQUARE_SUMS][row of x]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int tiles = tiles_of(p), steps = (in + STEP - 1) / STEP, parts = shares.parts, turns = (steps + parts - 1) / parts;
-    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
-    const int rounds = (end - begin + shares.tiles - 1) / shares.tiles;
-    auto round_at = [&](int round) { return begin + (int)((int64_t)(end - begin) * round / rounds); };
+    const int steps = (in + STEP - 1) / STEP, parts = shares.parts, turns = (steps + parts - 1) / parts;
+    const int begin = share.begin(), end = share.end(), rounds = (end - begin + shares.tiles - 1) / shares.tiles;
+    auto round_at = [&](int round) { return round == 0 ? begin : round == rounds ? end : begin + (end - begin) * round / rounds; };
 
     const uint32_t barriers = (uint32_t)__cvta_generic_to_shared(shared + S::BARRIERS);
     const Ring ring = {barriers, stages, stages}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
     const int stage_bytes = shares.stage_bytes(GROUPS), x_at = parts * shares.tiles * UNIT_BYTES;
     uint8_t *const stage_0 = shared + S::RING;
-    if (threadIdx.x == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);    // x has a stage's place when the weights have,
-    constexpr Ring::Place all_made = {0, 1};    // and so this tells the warp that copies x when to begin
-    __syncthreads();
+    constexpr Ring::Place all_made = {0, 1};    // of x_ring: x has a stage's place when the weights have
 
     // ---- weights: a lane copies a tile's
     if (warp == WARPS) {
+        if (lane == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);
+        __syncwarp();
+        say_open<THREADS>();
 #if __CUDA_ARCH__ >= 900
         if (lane == 0)
             for (const CUtensorMap &map : maps.of) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
@@ -162,7 +152,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 #pragma unroll 1
         for (int round = 0; round < rounds; round++) {
             const int n_tiles = round_at(round + 1) - round_at(round);
-            const Tile tile = tile_of(p, round_at(round) + min(lane, n_tiles - 1));
+            const Products::Row tile = p.first_of<ROWS>(round_at(round) + min(lane, n_tiles - 1));
 #pragma unroll 1
             for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
                 const int here = min(parts, steps - turn * parts);
@@ -172,13 +162,14 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
                 if (lane < n_tiles)
                     for (int part = 0; part < here; part++) {
                         uint8_t *const to = stage_0 + stage.slot * stage_bytes + (part * shares.tiles + lane) * UNIT_BYTES;
-                        ring.copy_box(stage, to, maps.of[tile.m], (turn * parts + part) * STEP, tile.row);
-                        if (p.gated) ring.copy_box(stage, to + UNIT_BYTES / 2, maps.of[1], (turn * parts + part) * STEP, tile.row);
+                        ring.copy_box(stage, to, maps.of[tile.m], (turn * parts + part) * (STEP * 2), tile.o);
+                        if (p.gated) ring.copy_box(stage, to + UNIT_BYTES / 2, maps.of[1], (turn * parts + part) * (STEP * 2), tile.o);
                     }
             }
         }
         return;
     }
+    wait_open<THREADS>();
     wait_for_inputs();
 
     // ---- x: a thread copies what all thread blocks have made
@@ -224,11 +215,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         auto find_results = [&](int first) {
 #pragma unroll
             for (int j = 0; j < AT_ONCE; j++) {
-                const Tile tile = tile_of(p, from + min(first + j * apart, n_tiles - 1));
-                const bool wanted = first + j * apart < n_tiles && x_row < N && tile.row + out < p.out[tile.m];
-                to[j] = wanted ? p.result_of({tile.m, tile.row + out}, x_row) : nullptr;
-                old[j] = wanted && p.add ? *to[j] : 0.0f;
-                gain[j] = wanted && p.next.weight ? __ldg(p.next.weight + tile.row + out) : 0.0f;
+                const int tile = first + j * apart;
+                to[j] = tile < n_tiles && x_row < N ? p.result_of<ROWS>(from + tile, out, x_row) : nullptr;
+                old[j] = to[j] && p.add ? *to[j] : 0.0f;
+                gain[j] = to[j] && p.next.weight ? __ldg(p.next.weight + ((from + tile) << log_outs) + out) : 0.0f;
             }
         };
         find_results(tile_lane);    // asked for early
@@ -325,27 +315,6 @@ Rows16 left_rows(const float *x, const float *gain, int N, int in) {
     return same ? rows_in(left.slot, N, in) : Rows16{};
 }
 
-// W (out,in) as a matrix of which boxes are copied; bytes of a row change places (swizzle of 128 bytes) so that rows meet all banks.
-static CUtensorMap map_of(const Matrix &W, int in, int out, int box_rows) {
-    static decltype(&cuTensorMapEncodeTiled) encode = nullptr;
-    if (!encode) {
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode, 12000, cudaEnableDefault, &found));
-#else
-        CUDA_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)&encode, cudaEnableDefault, &found));
-#endif
-        if (!encode) fail("GPU: the driver has no cuTensorMapEncodeTiled: too old");
-    }
-    CUtensorMap map;
-    const cuuint64_t size[2] = {(cuuint64_t)in, (cuuint64_t)out}, pitch[1] = {(cuuint64_t)in * sizeof(f16)};
-    const cuuint32_t box[2] = {STEP, (cuuint32_t)box_rows}, stride[2] = {1, 1};
-    const CUresult error = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)W.data, size, pitch, box, stride, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) fail("GPU: a matrix of %d x %d has no tensor map: error %d", out, in, (int)error);
-    return map;
-}
-
 template <int GROUPS> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
     auto kernel = gemm_batch_kernel<GROUPS>;
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
@@ -354,12 +323,13 @@ template <int GROUPS> static void gemm_batch_of(const Products &p, const float *
     const bool made = rows.x;
     if (!made) rows = other_rows(N, in);
     const Rows16 into = p.leaves ? leave_rows(N, p.out[0]) : Rows16{};
-    const Shares s = shares_of(tiles_of(p));
+    const Shares s = shares_of(p.tiles<ROWS>());
     const int stages = s.stages(most_shared);
+    const Tiles share(p.tiles<ROWS>());
     Maps maps = {};
     for (int m = 0; m < MAX_PRODUCTS; m++)
-        if (p.out[m] > 0) maps.of[m] = map_of(p.W[m], in, p.out[m], p.tile_outs(ROWS));
-    launch(kernel, std::min(sm_count, tiles_of(p)), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes(GROUPS), p, maps, x, rows, made,
+        if (p.out[m] > 0) maps.of[m] = map_boxes(p.W[m].data, in * sizeof(f16), p.out[m], STEP * sizeof(f16), p.tile_outs<ROWS>());
+    launch(kernel, share.blocks(), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes(GROUPS), p, maps, share, x, rows, made,
            into, N, in, s, stages);
     if (into.x) rows_left(p.y[0], p.next.weight, N, p.out[0]);
 }

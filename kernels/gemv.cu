@@ -3,7 +3,7 @@
    y[n,o] = s[n] sum_i W[o,i] (g[i] x[n,i])          s[n] = 1 / sqrt( mean_i x[n,i]^2 + eps )
 
    The norm's weights g and s are 1 where there is no norm, and for f32 and bf16 (matmul.cu calls rmsnorm); q8 and q4 are
-   matmul_groups.cu's.  Letters, and what add and gated do with y, are matmul.cu's.
+   gemv_groups.cu's.  Letters, and what add and gated do with y, are matmul.cu's.
 
    Math      f16, in a multiple of 8: tensor cores, x as a sum of two f16, sums in f32.  A product is linear, so s can wait: x is
              multiplied by g on its way in, its squares are added up beside, and finished sums are scaled.
@@ -41,6 +41,7 @@ namespace cuda {
 // others.
 constexpr int MMA_ROWS = 16;                              // of weights in a tile
 constexpr int MMA_WARPS = 8;                              // that multiply; one more copies weights
+constexpr int THREADS = 32 * (MMA_WARPS + 1);
 constexpr int WARP_INPUTS = 64;                           // a warp's of a row in a stage
 constexpr int STAGE_INPUTS = WARP_INPUTS * MMA_WARPS;     // ROW_BYTES of a row
 constexpr int STAGE_BYTES = MMA_ROWS * ROW_BYTES;         // 64 bytes of two rows lie in different banks
@@ -98,37 +99,39 @@ __device__ inline void fill_halves(uint4 *xs, Halves place, const float *x, cons
 }
 
 template <int R, int STAGES>
-__global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const __grid_constant__ Products p, const float *x, int N, int in, int slab_steps) {
+__global__ void __launch_bounds__(THREADS, 1) gemv_mma_kernel(const __grid_constant__ Products p, Tiles share, const float *x, int N, int in, int slab_steps) {
     extern __shared__ __align__(128) uint4 shared[];             // ring, x of each warp
     __shared__ float parts[2][MMA_WARPS * ROUND_SUMS];           // [tile of the round][warp][output][row of x]
     __shared__ double squares[MMA_WARPS][FEW_ROWS];
     __shared__ uint64_t barriers[Ring::bytes(STAGES) / 8];
     uint8_t *const stages = (uint8_t *)shared;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int tile_outs = p.tile_outs(MMA_ROWS), tiles = p.tiles(MMA_ROWS), steps = (in + STAGE_INPUTS - 1) / STAGE_INPUTS;
-    const int begin = (int)((int64_t)tiles * blockIdx.x / gridDim.x), end = (int)((int64_t)tiles * (blockIdx.x + 1) / gridDim.x);
+    const int begin = share.begin(), end = share.end(), steps = (in + STAGE_INPUTS - 1) / STAGE_INPUTS;
     const Ring ring = {(uint32_t)__cvta_generic_to_shared(barriers), STAGES, AT_FIRST};
-    if (threadIdx.x == 0) ring.open(32, MMA_WARPS);
-    __syncthreads();
 
     if (warp == MMA_WARPS) {    // weights
+        if (lane == 0) ring.open(32, MMA_WARPS);
+        __syncwarp();
+        say_open<THREADS>();
         Ring::Place stage;
 #pragma unroll 1
         for (int tile = begin; tile < end; tile++) {
             RowCopies rows;
+            const Products::Row first = p.first_of<MMA_ROWS>(tile);
 #pragma unroll
-            for (int r = 0; r < RowCopies::EACH; r++) rows.next[r] = (const uint8_t *)p.weights_of<f16>(p.row_of<MMA_ROWS>(tile, rows.row(r)), in) + rows.piece();
+            for (int r = 0; r < RowCopies::EACH; r++) rows.next[r] = (const uint8_t *)p.weights_of<f16>(p.row_of<MMA_ROWS>(first, rows.row(r)), in) + rows.piece();
 #pragma unroll 1
             for (int step = 0; step < steps; step++, ring.advance(stage)) {
                 ring.begin_fill(stage);
-                rows.copy<2>(stages + stage.slot * STAGE_BYTES, (in - step * STAGE_INPUTS) * 2);
+                rows.copy(stages + stage.slot * STAGE_BYTES, (in - step * STAGE_INPUTS) * 2, place_in_stage<2>);
                 ring.end_fill(stage);
             }
         }
         return;
     }
+    wait_open<THREADS>();
     // This thread's output: of row n, row r of tile `of` of a round.  Divisions take a while: here nobody waits for them.
-    const int round = ROUND_SUMS / (MMA_ROWS * N), n = threadIdx.x % N, r = threadIdx.x / N % tile_outs, of = threadIdx.x / N / tile_outs;
+    const int tile_outs = p.tile_outs<MMA_ROWS>(), round = ROUND_SUMS / (MMA_ROWS * N), n = threadIdx.x % N, r = threadIdx.x / N % tile_outs, of = threadIdx.x / N / tile_outs;
     const Halves place = {8 * slab_steps};
     uint4 *const xs = shared + STAGES * STAGE_BYTES / 16 + warp * N * place.row();
     const uint4 *const x_lane = xs + min(g, N - 1) * place.row() + t;
@@ -175,16 +178,15 @@ __global__ void __launch_bounds__(32 * (MMA_WARPS + 1), 1) gemv_mma_kernel(const
         for (int i = 0; i < 4; i++)
             if (2 * t + i % 2 < N) part[((at * MMA_WARPS + warp) * MMA_ROWS + g + i / 2 * 8) * N + 2 * t + i % 2] = fmaf(low_sum[i], 1.0f / 2048, high_sum[i]) * 16.0f;
         if (at + 1 < round && tile + 1 < end) continue;
-        const bool stores = of <= at && (tile - at + of) * tile_outs + r < p.outs();
-        float *const to = p.result_of(p.row_of<MMA_ROWS>(tile - at + of, r), n);
-        const float old = p.add && stores ? *to : 0.0f;    // asked for before the others are here
+        float *const to = of <= at ? p.result_of<MMA_ROWS>(tile - at + of, r, n) : nullptr;
+        const float old = p.add && to ? *to : 0.0f;    // asked for before the others are here
         meet_readers<MMA_WARPS>();    // the other half of parts keeps the next round from the readers of this one
         if (p.norm.weight && tile - at == begin) {
             double sum = 0;
             for (int j = 0; j < MMA_WARPS; j++) sum += squares[j][n];
             scale = 1.0f / sqrtf((float)sum / in + p.norm.eps);
         }
-        if (stores) {
+        if (to) {
             float sum = 0, up = 0;
             for (int j = 0; j < MMA_WARPS; j++) {
                 sum += part[((of * MMA_WARPS + j) * MMA_ROWS + r) * N + n];
@@ -208,7 +210,8 @@ template <int R, int STAGES> static bool gemv_mma(const Products &p, const float
     auto kernel = gemv_mma_kernel<R, STAGES>;
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared - BESIDE);
     CUDA_CHECK(allowed);
-    launch(kernel, dim3(std::min(sm_count, p.tiles(MMA_ROWS))), 32 * (MMA_WARPS + 1), STAGES * STAGE_BYTES + Halves::bytes(slab_steps, N), p, x, N, in, slab_steps);
+    const Tiles share(p.tiles<MMA_ROWS>());
+    launch(kernel, share.blocks(), THREADS, STAGES * STAGE_BYTES + Halves::bytes(slab_steps, N), p, share, x, N, in, slab_steps);
     return true;
 }
 static void gemv_mma(const Products &p, const float *x, int N, int in) {
@@ -245,10 +248,11 @@ template <int R, class T, bool VECTOR>
 __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_kernel(const __grid_constant__ Products p, const float *x, int N, int in) {
     constexpr int ROWS = TILE_ROWS<R>, AHEAD = R <= 2 ? 4 : 2;    // ROWS * AHEAD loads of 16 bytes in flight a lane
     const int lane = threadIdx.x % 32, tile = blockIdx.x * GEMV_WARPS + threadIdx.x / 32;
-    if (tile >= p.tiles(ROWS)) return;
+    if (tile >= p.tiles<ROWS>()) return;
+    const Products::Row first = p.first_of<ROWS>(tile);
     const T *w[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) w[r] = p.weights_of<T>(p.row_of<ROWS>(tile, r), in);
+    for (int r = 0; r < ROWS; r++) w[r] = p.weights_of<T>(p.row_of<ROWS>(first, r), in);
     float sum[ROWS][R] = {};
     if constexpr (VECTOR) {
         decltype(load8(w[0])) raw[AHEAD][ROWS];
@@ -302,14 +306,13 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_kernel(const __grid_cons
             if (lane == n * ROWS + r) mine = s;
         }
     const float up = __shfl_down_sync(~0u, mine, ROWS / 2);
-    const int n = lane / ROWS, r = lane % ROWS, tile_outs = p.tile_outs(ROWS);
-    if (n >= N || r >= tile_outs || tile * tile_outs + r >= p.outs()) return;
-    float *const to = p.result_of(p.row_of<ROWS>(tile, r), n);
-    *to = p.gated ? silu(mine) * up : p.add ? *to + mine : mine;
+    const int n = lane / ROWS, r = lane % ROWS;
+    float *const to = n < N && r < p.tile_outs<ROWS>() ? p.result_of<ROWS>(tile, r, n) : nullptr;
+    if (to) *to = p.gated ? silu(mine) * up : p.add ? *to + mine : mine;
 }
 
 template <int R, class T, bool VECTOR> static void gemv_of(const Products &p, const float *x, int N, int in) {
-    launch(gemv_kernel<R, T, VECTOR>, dim3(ceil_div(p.tiles(TILE_ROWS<R>), GEMV_WARPS)), 32 * GEMV_WARPS, 0, p, x, N, in);
+    launch(gemv_kernel<R, T, VECTOR>, dim3(ceil_div(p.tiles<TILE_ROWS<R>>(), GEMV_WARPS)), 32 * GEMV_WARPS, 0, p, x, N, in);
 }
 template <class T> static void gemv_type(const Products &p, const float *x, int N, int in) {
     if (in % CHUNK) gemv_of<FEW_ROWS, T, false>(p, x, N, in);
@@ -319,7 +322,7 @@ template <class T> static void gemv_type(const Products &p, const float *x, int 
     else gemv_of<FEW_ROWS, T, true>(p, x, N, in);
 }
 
-bool gemv_norms(DType type, int in) { return is_grouped(type) ? gemv_groups_norms(type, in) : type == DType::f16 && in % CHUNK == 0; }
+bool gemv_norms(DType type, int in) { return is_grouped(type) ? gemv_groups_serves(type, in) : type == DType::f16 && in % CHUNK == 0; }
 
 void gemv(const Products &p, const float *x, int N, int in) {
     switch (p.W[0].type) {
@@ -328,7 +331,7 @@ void gemv(const Products &p, const float *x, int N, int in) {
         if (in % CHUNK) return gemv_of<FEW_ROWS, f16, false>(p, x, N, in);
         return gemv_mma(p, x, N, in);
     case DType::bf16: return gemv_type<bf16>(p, x, N, in);
-    case DType::q8: case DType::q4: return gemv_groups(p, x, N, in);
+    case DType::q8: case DType::q4: return gemv_groups_serves(p.W[0].type, in) ? gemv_groups(p, x, N, in) : gemv_groups_any(p, x, N, in);
     }
 }
 }    // namespace cuda

@@ -1,5 +1,6 @@
 // gemv.cuh - what matmul.cu asks of gemv.cu and gemm_batch.cu: products of few rows and of a batch's.
 #pragma once
+#include <algorithm>
 #include "groups.h"
 #include "mma.cuh"
 
@@ -17,20 +18,38 @@ struct Products {
     bool leaves = false;           // the next product is of y
     Norm next = {};                // with this norm
 
-    // A warp or thread block multiplies tiles of ROWS rows of weights: as many outputs, or half as many of gate and then of up.
+    // A warp or thread block multiplies tiles of ROWS rows of weights: as many outputs of a matrix, or half as many of gate and of up.
     struct Row { int m, o; };      // output o of matrix m
-    HD int outs() const { return gated ? out[0] : out[0] + out[1] + out[2]; }
-    HD int tile_outs(int ROWS) const { return gated ? ROWS / 2 : ROWS; }
-    HD int tiles(int ROWS) const { return (outs() + tile_outs(ROWS) - 1) / tile_outs(ROWS); }
-    // Row r of a tile; behind the last output, the last.
-    template <int ROWS> __device__ Row row_of(int tile, int r) const {
-        if (gated) return {r / (ROWS / 2), min(tile * (ROWS / 2) + r % (ROWS / 2), out[0] - 1)};
-        Row row = {0, min(tile * ROWS + r, outs() - 1)};
-        while (row.m + 1 < MAX_PRODUCTS && row.o >= out[row.m]) row.o -= out[row.m++];
-        return row;
+    template <int ROWS> HD int tile_outs() const { return gated ? ROWS / 2 : ROWS; }
+    template <int ROWS> HD int tiles(int m) const { return gated ? (out[m] + ROWS / 2 - 1) / (ROWS / 2) : (out[m] + ROWS - 1) / ROWS; }
+    template <int ROWS> HD int tiles() const { return gated ? tiles<ROWS>(0) : tiles<ROWS>(0) + tiles<ROWS>(1) + tiles<ROWS>(2); }
+    template <int ROWS> __device__ Row first_of(int tile) const {
+        int m = 0;
+        if (!gated)
+            while (m + 1 < MAX_PRODUCTS && tile >= tiles<ROWS>(m)) tile -= tiles<ROWS>(m++);
+        return {m, tile * tile_outs<ROWS>()};
+    }
+    // Row r of the tile whose first is `first`; behind its matrix's last output, the last.
+    template <int ROWS> __device__ Row row_of(Row first, int r) const {
+        if (gated) return {r / (ROWS / 2), min(first.o + r % (ROWS / 2), out[0] - 1)};
+        return {first.m, min(first.o + r, out[first.m] - 1)};
+    }
+    // Of output r of a tile and row n of x; null: there is none.
+    template <int ROWS> __device__ float *result_of(int tile, int r, int n) const {
+        const Row first = first_of<ROWS>(tile);
+        return first.o + r < out[first.m] ? y[first.m] + (int64_t)n * out[first.m] + first.o + r : nullptr;
     }
     template <class T> __device__ const T *weights_of(Row row, int in) const { return (const T *)W[row.m].data + (int64_t)row.o * in; }
-    __device__ float *result_of(Row row, int n) const { return y[row.m] + (int64_t)n * out[row.m] + row.o; }
+};
+
+// Which tiles are whose: some thread blocks, the first ones, have one more than the others.  (Without a division: weights are asked for
+// as soon as it is known which.)
+struct Tiles {
+    int each, more, n;
+    explicit Tiles(int tiles) : n(std::min(sm_count, tiles)) { each = tiles / n, more = tiles % n; }
+    dim3 blocks() const { return dim3(n); }
+    __device__ int begin() const { return blockIdx.x * each + min((int)blockIdx.x, more); }
+    __device__ int end() const { return begin() + each + ((int)blockIdx.x < more); }
 };
 
 // Two numbers as high and low halves:
@@ -64,9 +83,10 @@ bool gemv_norms(DType type, int in);    // it takes the norm, too
 bool gemm_batch_serves(DType type, int N, int in);    // if all weights are of this type; it takes the norm, too
 void gemm_batch(const Products &p, const float *x, int N, int in);
 
-// Weights in q8 and q4: matmul_groups.cu.
+// Weights in q8 and q4.  gemv_groups.cu: up to FEW_ROWS rows, takes the norm, too, as gemv; matmul_groups.cu: any in, without norm.
+bool gemv_groups_serves(DType type, int in);
 void gemv_groups(const Products &p, const float *x, int N, int in);
-bool gemv_groups_norms(DType type, int in);
+void gemv_groups_any(const Products &p, const float *x, int N, int in);
 // Rows [first, first + rows) of W (.., in) become f16, to (rows, in): exactly those of q4, rounded those of q8.
 void widen_groups(f16 *to, const Matrix &W, int64_t first, int64_t rows, int in);
 }    // namespace cuda

@@ -22,12 +22,15 @@ struct Ring {
     __device__ uint32_t full(int slot) const { return barriers + slot * 8; }
     __device__ uint32_t free(int slot) const { return full(slot) + stages * 8; }
 
-    // By one thread, before the thread block meets; so many threads fill it, so many warps read.
+    // By one thread, before any other uses it (say_open, wait_open); so many threads fill it, so many warps read.
     __device__ void open(int fillers, int readers) const {
         for (int s = 0; s < stages; s++) {
             asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(full(s)), "r"(fillers) : "memory");
             asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(free(s)), "r"(32 * readers) : "memory");
         }
+#if __CUDA_ARCH__ >= 900
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");    // for bulk copies
+#endif
     }
     // A warp that fills: all lanes, copies by any of them in between.  The first time around it waits for what it asked for at_first
     // stages before: if all multiprocessors ask for whole rings at once, what comes from L2, x and the norm's weights, takes up to 4 us.
@@ -49,10 +52,16 @@ struct Ring {
                      "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes), "r"(full(p.slot)) : "memory");
 #endif
     }
-    __device__ void copy_box(Place p, void *to, const CUtensorMap &matrix, int column, int row) const {    // a box of a matrix, by any thread
+    __device__ void copy_box(Place p, void *to, const CUtensorMap &boxes, int byte, int row) const {    // a box (map_boxes), by any thread
 #if __CUDA_ARCH__ >= 900
         asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-                     "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(&matrix), "r"(column), "r"(row), "r"(full(p.slot)) : "memory");
+                     "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(&boxes), "r"(byte), "r"(row), "r"(full(p.slot)) : "memory");
+#endif
+    }
+    __device__ void copy_boxes(Place p, void *to, const CUtensorMap &boxes, int first, int row) const {    // neighbouring ones, as many as the map says
+#if __CUDA_ARCH__ >= 900
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+                     "r"((uint32_t)__cvta_generic_to_shared(to)), "l"(&boxes), "r"(0), "r"(row), "r"(first), "r"(full(p.slot)) : "memory");
 #endif
     }
     // A warp that reads: every lane says that it has.  (One for all after __syncwarp is in order, too, and no faster; racecheck does not see it.)
@@ -74,6 +83,17 @@ private:
     }
 };
 
+// A matrix of which boxes are copied: some rows' `bytes`, 128 or 64, row by row; 16-byte pieces of 128 bytes change places (box_place) so
+// that rows meet all banks.  Behind the last row, or a row's end, come zeros.  `data` and the pitch, bytes from row to row: multiples of 16.
+// at_once: so many neighbouring boxes make one copy, box by box; the pitch is a multiple of `bytes` then.  Compute capability 9.0.
+CUtensorMap map_boxes(const void *data, int64_t pitch, int64_t rows, int bytes, int box_rows, int at_once = 1);
+// Where byte `at` of a box lies that begins at a multiple of 1,024.
+template <int BYTES> __device__ inline int box_place(int at) { return at ^ at / 128 % (BYTES / 16) * 16; }
+
+// Whoever opened a ring does not wait for those of the thread block's THREADS that are to read.
+template <int THREADS> __device__ inline void say_open() { asm volatile("bar.arrive 2, %0;" ::"n"(THREADS) : "memory"); }
+template <int THREADS> __device__ inline void wait_open() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
+
 template <int WARPS> __device__ inline void meet_readers() { asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS) : "memory"); }
 
 // A stage has ROW_BYTES neighbouring bytes of each of 16 rows, at a multiple of 128 bytes.  Within 128 bytes, which are all banks, rows
@@ -88,12 +108,12 @@ struct RowCopies {
     const uint8_t *next[EACH];        // what comes next, the lane's bytes
     __device__ static int row(int r) { return threadIdx.x % 32 / 8 + 4 * r; }
     __device__ static int piece() { return threadIdx.x % 8 * 16; }
-    template <int S> __device__ void copy(uint8_t *stage, int bytes) {    // no more than so many of each row, a multiple of 16
+    template <class Where> __device__ void copy(uint8_t *stage, int bytes, Where where) {    // no more than so many of each row, a multiple of 16
 #pragma unroll
         for (int b = 0; b < ROW_BYTES; b += 128)
             if (b + piece() < bytes)
 #pragma unroll
-                for (int r = 0; r < EACH; r++) copy_weights(stage + place_in_stage<S>(row(r), piece()) + b, next[r] + b);
+                for (int r = 0; r < EACH; r++) copy_weights(stage + where(row(r), piece() + b), next[r] + b);
 #pragma unroll
         for (int r = 0; r < EACH; r++) next[r] += ROW_BYTES;
     }
