@@ -12,7 +12,7 @@
              the kernel that makes x is done, one thread for x: bulk copies, weights as boxes of a matrix (tensor maps, CUDA driver
              API), so that those 16 warps only multiply.  Rows of a box change places so that they meet all banks.
    Cost      In a step of 32 sequences of Llama-3-8B (clocks read in the kernels), us from one kernel's x to the next one's: gate and up 85 (77 at
-             the read bandwidth), down 47 (38), qkv 21 (16), wo 19 (11); 4,483 to 4,521 tok/s at 4k (nsn2b), 4,242 to 4,260 when clusters of
+             the read bandwidth), down 47 (38), qkv 21 (16), wo 19 (11); 4,560 to 4,589 tok/s at 4k (nsn2b), 4,242 to 4,260 when clusters of
              thread blocks shared the inputs and each made its x f16 for itself.  (Clocks are of the version with two stages before x.)
              What is left: 2 to 3 us until the first products, 1.3 to 3.2 after the last; thread blocks that start late have an empty ring.
              Tried: cp.async in the place of bulk copies, by the 16 warps 4,119 tok/s for 4,149; by two warps of their own 3,927 for 4,124, by three

@@ -14,7 +14,7 @@
              of its inputs once and keeps it in shared memory.
    Memory    What the formula costs is 2 bytes a weight; what a launch costs beside is the time in which nobody has asked for
              weights.  So a thread block starts while the kernel before it is at work, fills its ring, and waits for x only then.
-   Cost      Batch 1, depth 0, tok/s: Llama-3.2-1B 1,010, Llama-3-8B 192, Llama-2-7B 216.  912, 180 and 200 when 16 warps copied for
+   Cost      Batch 1, depth 0, tok/s: Llama-3.2-1B 1,004 to 1,013, Llama-3-8B 192 to 194, Llama-2-7B 215.  912, 180 and 200 when 16 warps copied for
              themselves, five stages, and read and split x again for every tile; some 4% of the 1B came with attention_decode.cu.
              Tried: f32 multiply-adds, weights in registers: 2.5 TB/s over the layers of Llama-3-8B, 1.7 at 8 rows.
              Tried: each warp its own copies, x in shared memory: 961 and 187; with two thread blocks of different kernels on a multiprocessor

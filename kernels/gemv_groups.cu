@@ -7,15 +7,30 @@
              the scale multiplies them in f32.  A column's sum knows nothing of the others: the same bits for any N and any neighbours.
              Codes of q4 become 16 (code - 8), bytes with a sign, by one or two instructions for four.
    Order     A warp adds its groups from left to right, 16 warps share the inputs of a row and are added in order.
-   Work      A thread block owns tiles of 16 outputs.  A warp of its own fills a ring with weights (ring.cuh), before the kernel that makes
+   Work      A thread block owns tiles of 16 outputs.  A warp of its own fills rings with weights (ring.cuh), before the kernel that makes
              x is done: what stands between its start and its first request counts four times a layer.  Two teams of eight warps
-             multiply, a stage by one, the next by the other: while a stage's instructions wait for each other, the next one's run.
+             multiply, steps of a row by turns, each from its own ring: while a step's instructions wait for each other, the next one's run.
              A warp makes integers of the x that it multiplies, a step of its team ahead, and waits for nobody.
    Layout    A stage is boxes (map_boxes) of ROW_BYTES of the codes of 16 rows and their scales; a warp takes twice 64 bytes of each row,
              4 groups of q4 or 2 of q8 each.
              Lane (g = lane / 4, t = lane % 4) gives the tensor core inputs 4t ... 4t + 3 and 16 + 4t ... 16 + 4t + 3 of a group, of rows
              g and g + 8: for q4 the two halves of 4 bytes.
-   Limits    N <= 8; in a multiple of 128 (q4) or 64 (q8), 256 where boxes shall copy; matrices aligned to 16 bytes.
+   Cost      Each code and scale is read once: 8.5 and 4.5 bits a weight.  Llama-3-8B, batch 1, depth 0: q8 331 to 334 tok/s (86% of the read
+             bandwidth), q4 505 to 510 (74%).  What made it so, q4: weights in boxes, four instructions of one thread a stage in place of 36
+             of a warp, 464 to 470 -> 478 to 479; and_xor 480 -> 486; teams, who make their own x, a ring that is filled at once, and
+             unembed's norm -> 509.  8 sequences decode 1,468 tok/s, 1,023 with the version that had 8 rows in one launch.
+             A layer in q4 (clocks, us from one kernel's x to the next one's; in brackets its bytes at 3.06 TB/s): qkv 7.0 (4.6), attention 6.4
+             (5 when weights were asked for later: it waits for L2 behind them), wo 4.3 (3.1), gate and up 25.2 (21.6), down 11.4 (10.8).
+             With boxes, before teams, 479: nothing multiplied (wrong) 516 to 518 tok/s, nothing copied (wrong) 648 to 655, neither 1,015 to
+             1,026: a step is not memory alone, nor instructions, but the starts and ends of four kernels a layer, too.
+             Tried, at 477 to 512: weights of the next product asked to come to L2 behind a kernel's own: 468 to 471 for 477 to 478, and beside
+             attention, six stages a thread block: gate and up take 1.6 us less, attention 2.5 more, 455 to 462; x of 14,336 inputs in one
+             turn of loads: 474 to 478 for 483, it takes L2 as long; eight warps: 459 to 466 for 460 to 467; one team, x as now: 490 to 493
+             for 504; three stages before x is there: 504 to 506 for 507 to 512.
+             Tried before: codes as f16 and x as two f16, m16n8k16, and the norm apart: q4 351 tok/s, q8 255; a warp's x kept in registers:
+             286, it does not fit; one unit for a row of x, not for a group: no faster, but coarse; weights in bulk copies, a kilobyte of a
+             row each: 297 for 395; scales in copies of 8 bytes: 431 for 446.
+   Limits    N <= 8, more than 4 in two launches; in a multiple of 128 (q4) or 64 (q8), 256 where boxes shall copy; matrices aligned to 16 bytes.
    Tested by tests/test_cuda_groups.cpp                                                                        */
 #ifdef __CUDACC__
 #include "gemv.cuh"
@@ -133,7 +148,8 @@ template <DType T, int ROWS_AT_ONCE> struct XLane {
 
 // ---- a tile's steps from .. to-1 of weights come to the rings, by one warp; from: a multiple of TEAMS
 template <DType T, int STAGES>
-__device__ inline void fill_with_boxes(const Rings<T, STAGES> &rings, Ring::Place (&at)[TEAMS], const Products &p, const Maps &maps, int tile, int from, int to) {
+__device__ inline void fill_with_boxes(const Rings<T, STAGES> &rings, Ring::Place (&at)[TEAMS], const Products &p, const Maps &maps, int tile, int from,
+                                       int to) {
     const Products::Row first = p.first_of<ROWS>(tile);
     const int low = first.m, high = p.gated ? 1 : first.m, high_row = p.gated ? first.o : first.o + BOX_ROWS;    // the tile's halves
 #pragma unroll 1
@@ -198,8 +214,8 @@ template <class U, int N> struct alignas(N * sizeof(U)) Few { U of[N]; };
 struct Slabs { int all, steps, n; };    // steps of a row of weights; those whose x is in shared memory at a time; how often
 // Up to R rows of x.
 template <DType T, int R, int STAGES, bool BOXES>
-__global__ void __launch_bounds__(THREADS, 1) gemv_groups_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, Tiles share, const float *x,
-                                                                 int N, int in, Slabs slabs) {
+__global__ void __launch_bounds__(THREADS, 1) gemv_groups_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, Tiles share,
+                                                                 const float *x, int N, int in, Slabs slabs) {
     using S = Shared<T, STAGES>;
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int GROUPS = UNIT<T> / GROUP, PAIRS = XPlace<R>::PAIRS, COLUMNS = XPlace<R>::COLUMNS;

@@ -21,7 +21,8 @@
              split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
              wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the
              shape, so there, and only there, a row's last bits depend on the number of rows.
-             Weights in q8 and q4: matmul_groups.cu; for many rows a slab of them at a time is widened to f16 and goes the way of f16.
+             Weights in q8 and q4: gemv_groups.cu; for many rows a slab of them at a time is widened to f16 (matmul_groups.cu) and goes
+             the way of f16.
              Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
              the PPL of books-5m moves by 0.037%; with two by 0.0005%.
    Limits    in, out, N >= 1, in a multiple of 32 for q8 and q4; any alignment on the CPU, weights and rows of x (and of norms)

@@ -41,7 +41,8 @@ template <DType T> __global__ void __launch_bounds__(128) gemv_groups_any_kernel
     }
 }
 void gemv_groups_any(const Products &p, const float *x, int N, int in) {
-    launch(p.W[0].type == DType::q4 ? gemv_groups_any_kernel<DType::q4> : gemv_groups_any_kernel<DType::q8>, dim3(ceil_div(p.tiles<2>(), 4)), 128, 0, p, x, N, in);
+    auto kernel = p.W[0].type == DType::q4 ? gemv_groups_any_kernel<DType::q4> : gemv_groups_any_kernel<DType::q8>;
+    launch(kernel, dim3(ceil_div(p.tiles<2>(), 4)), 128, 0, p, x, N, in);
 }
 
 // ---- many rows: f16 for cuBLAS ------------------------------------------------------------------------------

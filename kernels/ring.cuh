@@ -1,8 +1,8 @@
 // ring.cuh - a ring of stages in shared memory: some warps fill it, the others read it, and nobody waits for more than a stage.
 //
-// A stage has two barriers (mbarrier, PTX ISA).  `full`: every lane's copies are there; `free`: every reader is done.  Their phases are
-// odd and even by turns, one a time around.  Warps of their own ask for what comes: readers spend no instructions on it, and do not
-// stand still when the memory pipe takes no more.
+// A stage has two barriers (mbarrier, PTX ISA).  `full`: what was asked for is there; `free`: every reader is done.  Their phases are
+// odd and even by turns, one a time around: whoever reads has to read every stage, or takes one time around for another.  Warps of their
+// own ask for what comes: readers spend no instructions on it, and do not stand still when the memory pipe takes no more.
 #pragma once
 #include <cuda.h>
 #include "gemv.cuh"

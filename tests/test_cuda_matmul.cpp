@@ -304,10 +304,10 @@ TEST_CASE("cuda: a product of 9 to 32 rows takes over what the one before made o
                 gpu->matmul(q.p, y.p, wb, N, c.mid, c.out);
                 return q.host();
             };
-            auto fresh = [&](bool normed) {
-                gpu->upload(y.p, other.data(), other.size() * 4);
-                if (normed) gpu->qkv(q.p, k.p, v.p, xn.p, y.p, norm, wb, wb, wb, N, c.mid, c.out, c.out);
-                else gpu->matmul(q.p, y.p, wb, N, c.mid, c.out);
+            auto fresh = [&](bool normed) {    // of rows that nobody has made anything of
+                const OnDevice<float> z(*gpu, other);
+                if (normed) gpu->qkv(q.p, k.p, v.p, xn.p, z.p, norm, wb, wb, wb, N, c.mid, c.out, c.out);
+                else gpu->matmul(q.p, z.p, wb, N, c.mid, c.out);
                 return q.host();
             };
             CHECK(same_bits(added(TAKEN_OVER).data(), added(NOT_SAID).data(), q.n));
