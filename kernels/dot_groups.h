@@ -17,7 +17,7 @@ struct Q8Rows {
     int64_t in;
     Q8Rows from(int64_t row) const { return {code + row * in, scale + row * (in / GROUP), in}; }
     const int8_t *group(int64_t row, int64_t g) const { return code + row * in + g * GROUP; }
-    static constexpr int GROUP_BYTES = GROUP;
+    static constexpr int GROUP_BYTES = GROUP, ZERO = 0;    // ZERO: the code that means 0
 };
 struct Q4Rows {
     const uint8_t *code;
@@ -25,7 +25,7 @@ struct Q4Rows {
     int64_t in;
     Q4Rows from(int64_t row) const { return {code + row * (in / 2), scale + row * (in / GROUP), in}; }
     const uint8_t *group(int64_t row, int64_t g) const { return code + row * (in / 2) + g * (GROUP / 2); }
-    static constexpr int GROUP_BYTES = GROUP / 2;
+    static constexpr int GROUP_BYTES = GROUP / 2, ZERO = 8;
 };
 
 // NATIVE bytes as 32-bit integers.  (gcc 12 makes a dozen instructions of __builtin_convertvector here.)
@@ -52,14 +52,15 @@ LANE_FUNCTION vni widen_bytes(const uint8_t *p) {
 #endif
 }
 
-// The 32 weights of a group: its codes times s.
-LANE_FUNCTION void load_group(f32x16 (&w)[2], const int8_t *code, float s) {
+// The 32 weights of a group: its codes times s, and least, which is -ZERO s: exact.
+// q4 with AVX2, the 46M model on one thread: 324 tok/s with 8 taken off each code, 335 with -8 s made for each group, 369 so.
+LANE_FUNCTION void load_group(f32x16 (&w)[2], const int8_t *code, float s, float) {
     const f32x16 scale = splat16(s);
     for (int h = 0; h < 2; h++)
         for (int i = 0; i < PARTS; i++)
             w[h].part[i] = __builtin_convertvector(widen_bytes(code + 16 * h + i * NATIVE), vn) * scale.part[i];
 }
-LANE_FUNCTION void load_group(f32x16 (&w)[2], const uint8_t *code, float s) {
+LANE_FUNCTION void load_group(f32x16 (&w)[2], const uint8_t *code, float s, [[maybe_unused]] float least) {
 #if defined(__AVX512F__)
     // A register of 16 floats is the table of what a code means; the lookup takes four bits of an index and ignores the others.
     const __m512 table = _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_ps(s));
@@ -67,11 +68,11 @@ LANE_FUNCTION void load_group(f32x16 (&w)[2], const uint8_t *code, float s) {
     w[0].part[0] = (vn)_mm512_permutexvar_ps(codes, table);
     w[1].part[0] = (vn)_mm512_permutexvar_ps(_mm512_maskz_srli_epi32(0xffff, codes, 4), table);
 #else
-    const f32x16 scale = splat16(s);
+    const f32x16 scale = splat16(s), lowest = splat16(least);
     for (int i = 0; i < PARTS; i++) {
         const vni codes = widen_bytes(code + i * NATIVE);
-        w[0].part[i] = __builtin_convertvector((codes & 15) - 8, vn) * scale.part[i];
-        w[1].part[i] = __builtin_convertvector((codes >> 4) - 8, vn) * scale.part[i];
+        w[0].part[i] = __builtin_convertvector(codes & 15, vn) * scale.part[i] + lowest.part[i];
+        w[1].part[i] = __builtin_convertvector(codes >> 4, vn) * scale.part[i] + lowest.part[i];
     }
 #endif
 }
@@ -84,22 +85,23 @@ template <int C, class Rows> LANE_FUNCTION void dot_groups_tile(float *y, const 
     f32x16 sum[1][C];
     for (int c = 0; c < C; c++) sum[0][c] = splat16(0.0f);
     for (int64_t first = 0; first < groups; first += LANES) {
-        // Scales of 16 groups at once: one conversion, then a broadcasting load a group.  The last 16 may repeat some.
+        // Scales of 16 groups at once: one conversion, then broadcasting loads.  The last 16 may repeat some.
         const int64_t end = groups - first < LANES ? groups : first + LANES, from = end < LANES ? 0 : end - LANES;
-        float s[C][LANES];
+        float s[C][LANES], least[C][LANES];
         for (int c = 0; c < C; c++) {
             const f16 *scale = W.scale + c * groups + from;
             __builtin_prefetch(scale + ahead * groups);
             if (groups >= LANES) store16(s[c], load16(scale));
             else
                 for (int i = 0; i < groups; i++) s[c][i] = to_f32(scale[i]);
+            store16(least[c], load16(s[c]) * splat16(-Rows::ZERO));
         }
         for (int64_t g = first; g < end; g++) {
             if (g % LINE_GROUPS == 0)
                 for (int c = 0; c < C; c++) __builtin_prefetch(W.group(ahead + c, g));
             for (int c = 0; c < C; c += TOGETHER) {
                 f32x16 w[TOGETHER][2];
-                for (int i = 0; i < TOGETHER; i++) load_group(w[i], W.group(c + i, g), s[c + i][g - from]);
+                for (int i = 0; i < TOGETHER; i++) load_group(w[i], W.group(c + i, g), s[c + i][g - from], least[c + i][g - from]);
                 for (int h = 0; h < 2; h++) {
                     const f32x16 xh = load16(x + g * GROUP + h * LANES);
                     for (int i = 0; i < TOGETHER; i++) add_product(sum[0][c + i], xh, w[i][h]);
@@ -123,7 +125,8 @@ template <class Rows> static void dot_groups(float *y, const float *x, const Row
 template <class Rows> static void widen_groups(float *to, const Rows &W, int64_t n) {
     for (int64_t g = 0; g < n / GROUP; g++) {
         f32x16 w[2];
-        load_group(w, W.group(0, g), to_f32(W.scale[g]));
+        const float s = to_f32(W.scale[g]);
+        load_group(w, W.group(0, g), s, -Rows::ZERO * s);
         store16(to + g * GROUP, w[0]), store16(to + g * GROUP + LANES, w[1]);
     }
 }
