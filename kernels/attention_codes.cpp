@@ -7,8 +7,10 @@ namespace cpu {
 
 int code_channels(KvFormat format, int d) {
     const int C = format == KvFormat::nsn1 || format == KvFormat::nsn2 ? 8 : format == KvFormat::nsn2b ? 4 : format == KvFormat::nsn4b ? 2 : 0;
-    return d % 32 == 0 ? C : 0;
+    return d >= 32 && d % 16 == 0 ? C : 0;
 }
+// Rows of 16-bit numbers are so long that vectors of any machine divide them: zeros behind d.
+static int wide(int d) { return (d + 31) / 32 * 32; }
 static bool by_avx512(int d) { return HAVE_AVX512_CODES && d >= 64 && (d & (d - 1)) == 0; }
 
 float code_delta(KvFormat format) {
@@ -51,17 +53,22 @@ template <int C, bool SIGN> static void codewords_of(int16_t *x, const WideBook 
     auto entry = [&](int i) { return book.entry + code[i] * C; };
     for (; code < end; code += 8 / C, x += 8)
         if constexpr (C == 8) {
-            *(eight *)x = *(const eight *)entry(0);
-            if (SIGN) *(eight *)x ^= *(const eight *)(book.flip + *sign++ * 8);
+            eight y = *(const eight *)entry(0);
+            if (SIGN) y ^= *(const eight *)(book.flip + *sign++ * 8);
+            *(eight *)x = y;
         } else if constexpr (C == 4) *(eight *)x = eight{*(const four *)entry(0), *(const four *)entry(1)};
         else *(eight_by_twos *)x = eight_by_twos{*(const two *)entry(0), *(const two *)entry(1), *(const two *)entry(2), *(const two *)entry(3)};
 }
-void codewords(int16_t *x, KvFormat format, const NsnFields &f) {
+void codewords(int16_t *x, int stride, KvFormat format, const NsnFields &f) {
     const WideBook &book = wide_book(format);
     if (f.sign) codewords_of<8, true>(x, book, f);
     else if (f.channels == 8) codewords_of<8, false>(x, book, f);
     else if (f.channels == 4) codewords_of<4, false>(x, book, f);
     else codewords_of<2, false>(x, book, f);
+    for (int t = KV_BLOCK - 1; stride > f.d && t >= 0; t--) {    // rows move apart, the last one first
+        if (t > 0) std::copy_backward(x + t * f.d, x + (t + 1) * f.d, x + t * stride + f.d);
+        std::fill(x + t * stride + f.d, x + (t + 1) * stride, (int16_t)0);
+    }
 }
 
 // ---- integers, portable -------------------------------------------------------------------------------
@@ -70,7 +77,7 @@ namespace portable {
 constexpr int HALVES = 2 * NATIVE;    // of a register
 typedef int16_t vnh_in_memory __attribute__((vector_size(NATIVE * 4), aligned(2), may_alias));
 
-template <int Q> static void dots_of(int *dots, const int16_t *x, const int16_t *q, int d) {
+template <int Q> static void dots_of(int *dots, const int16_t *x, const int16_t *q, int d) {    // d: of rows, with what is behind
     for (int t = 0; t < KV_BLOCK; t++) {
         vni sum[4] = {};
         for (int c = 0; c < d; c += HALVES)
@@ -81,14 +88,16 @@ template <int Q> static void dots_of(int *dots, const int16_t *x, const int16_t 
 }
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
     int16_t *x = (int16_t *)s.x;
-    codewords(x, format, f);
+    const int d = wide(f.d);
+    codewords(x, d, format, f);
     int m = 0;
-    for (; m + 4 <= M; m += 4) dots_of<4>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * f.d], f.d);
-    for (; m < M; m++) dots_of<1>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * f.d], f.d);
+    for (; m + 4 <= M; m += 4) dots_of<4>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * d], d);
+    for (; m < M; m++) dots_of<1>(dots + m * KV_BLOCK, x, &s.queries.value[(size_t)m * d], d);
 }
 
 // Weights are 16 bits without a sign, the products' are with one: 2^15 is taken off and the sum of x is added so many times.
 template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint8_t *w, int d) {
+    const int stride = wide(d);
     int32_t pairs[Q][KV_BLOCK / 2];    // of tokens
     for (int i = 0; i < Q; i++) {
         int16_t weight[KV_BLOCK];
@@ -101,7 +110,7 @@ template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint
     for (int c = 0; c < d; c += HALVES) {
         vni sum[Q][2] = {}, of_x[2] = {};
         for (int u = 0; u < KV_BLOCK / 2; u++) {
-            const vnh even = *(const vnh_in_memory *)(x + 2 * u * d + c), odd = *(const vnh_in_memory *)(x + (2 * u + 1) * d + c);
+            const vnh even = *(const vnh_in_memory *)(x + 2 * u * stride + c), odd = *(const vnh_in_memory *)(x + (2 * u + 1) * stride + c);
             const vnh pair[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
             for (int h = 0; h < 2; h++) {
                 of_x[h] += pair_products(pair[h], ones);
@@ -111,13 +120,13 @@ template <int Q> static void weighted_of(int *sums, const int16_t *x, const uint
         for (int i = 0; i < Q; i++)
             for (int h = 0; h < 2; h++) {
                 const vni all = sum[i][h] + (of_x[h] << 15);
-                for (int l = 0; l < NATIVE; l++) sums[i * d + c + l / 4 * 8 + h * 4 + l % 4] = all[l];
+                for (int l = 0; l < NATIVE && c + l / 4 * 8 < d; l++) sums[i * d + c + l / 4 * 8 + h * 4 + l % 4] = all[l];
             }
     }
 }
 void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
     int16_t *x = (int16_t *)s.x;
-    codewords(x, format, f);
+    codewords(x, wide(f.d), format, f);
     int m = 0;
     for (; m + 4 <= M; m += 4) weighted_of<4>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, f.d);
     for (; m < M; m++) weighted_of<1>(sums + (size_t)m * f.d, x, w + m * 2 * KV_BLOCK, f.d);
@@ -140,7 +149,8 @@ constexpr float TINY = 1e-30f;    // below this the largest number of a row coun
 
 void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stride) {
     CodeQueries &q = s.queries;
-    q.value.resize((size_t)M * d), q.hi.resize((size_t)M * d), q.lo.resize((size_t)M * d), q.unit.resize(M), q.sum.resize(M);
+    const int w = wide(d);
+    q.value.assign((size_t)M * w, 0), q.hi.resize((size_t)M * w), q.lo.resize((size_t)M * w), q.unit.resize(M), q.sum.resize(M);
     s.sums.resize((size_t)M * std::max(d, KV_BLOCK)), s.weights.resize((size_t)M * 2 * KV_BLOCK), s.factors.resize(M);
     s.z.resize((size_t)M * d), s.mean_score.resize((size_t)M * KV_BLOCK);
     for (int m = 0; m < M; m++) {
@@ -153,8 +163,8 @@ void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stri
         q.sum[m] = 0;
         for (int c = 0; c < d; c++) {
             const int v = finite ? (int)std::nearbyint(x[c] * inverse) : 0, hi = (v + 128) >> 8, j = c / C;
-            const size_t at = (size_t)m * d + (j / 4 * C + c % C) * 4 + j % 4;
-            q.value[(size_t)m * d + c] = (int16_t)v, q.hi[at] = (int8_t)hi, q.lo[at] = (int8_t)(v - hi * 256);
+            const size_t at = (size_t)m * w + (j / 4 * C + c % C) * 4 + j % 4;
+            q.value[(size_t)m * w + c] = (int16_t)v, q.hi[at] = (int8_t)hi, q.lo[at] = (int8_t)(v - hi * 256);
             q.sum[m] += v;
         }
     }
@@ -201,10 +211,12 @@ template <int R> LANE_FUNCTION void mean_scores_of(float *score, const float *z,
         const f32x16 minus = splat16(-1.0f);
         const float *angle = rope.step + 32 * d;
         f32x16 cosines = splat16(0.0f), sines = cosines;    // token 0, u = 32
-        for (int j = 0; j < half; j += LANES)
+        int j = 0;
+        for (; j + LANES <= half; j += LANES)
             add_product(cosines, load16(angle + j), load16(z + r * d + j)), add_product(sines, load16(angle + half + j), load16(z + r * d + half + j));
         float *to = score + r * KV_BLOCK;
         to[0] = sum16(cosines + minus * sines);
+        for (; j < half; j++) to[0] += angle[j] * z[r * d + j] - angle[half + j] * z[r * d + half + j];
         for (int i = 0; i < 2; i++) store16(to + 17 - i * LANES, reverse16(P[r][i] + minus * Q[r][i]));    // of token 32 - u; token 32 comes again
         for (int i = 0; i < 2; i++) store16(to + 32 + i * LANES, P[r][i] + Q[r][i]);
     }
@@ -217,7 +229,8 @@ static void mean_scores(CodeScratch &s, const float *q, int M, int stride, const
     load_mean(mean, f);
     const float *base = rope.base + (int64_t)i * d, *step = rope.step + 32 * d;
     const f32x16 minus = splat16(-1.0f);
-    for (int j = 0; j < half; j += LANES) {
+    for (int first = 0; first < half; first += LANES) {
+        const int j = std::min(first, half - LANES);    // the last ones may be some of those before again
         const f32x16 cb = load16(base + j), sb = load16(base + half + j), cs = load16(step + j), ss = load16(step + half + j);
         const f32x16 c = cb * cs + minus * sb * ss, sn = sb * cs + cb * ss, lo = load16(mean + j), hi = load16(mean + half + j);
         const f32x16 turned_lo = lo * c + minus * hi * sn, turned_hi = lo * sn + hi * c;

@@ -31,7 +31,7 @@
 //         12%, rounding of weights and adding sums 8%, scales 5%.
 //         16,384 tokens, 8 query heads over 2, 2 threads of an EPYC, us (f16 with the same flags): portable with AVX2 1,030 (1,510), with
 //         AVX-512 but no VBMI 840 (1,110), with SSE2 alone 1,370 (3,180).  10,600, 9,640 and 9,660 when a channel was looked up at a time.
-// Limits  d a multiple of 32; other dimensions are widened (attention_tile.h).
+// Limits  d a multiple of 16 from 32 on; other dimensions are widened (attention_tile.h).
 //         Tried: AMX tiles for both products (12% slower for 4 queries: 16 rows take as long as 8, and tile loads meet codewords
 //         that were just stored), or for values alone (11%).
 //         Tried, portable: VPDPWSSD for PMADDWD and an addition (2% with AVX-VNNI, nothing to 8% with AVX-512 VNNI).
@@ -55,8 +55,8 @@ constexpr bool HAVE_AVX512_CODES = false;
 
 // M queries R q in 16 bits.
 struct CodeQueries {
-    std::vector<int16_t> value;           // (M, d)
-    std::vector<int8_t> hi, lo;           // (M, d/C/4, C, 4): value = 256 hi + lo; channels c of four codes side by side
+    std::vector<int16_t> value;           // (M, d), rows a multiple of 32 apart, zeros between them
+    std::vector<int8_t> hi, lo;           // (M, d/C/4, C, 4), as far apart: value = 256 hi + lo; channels c of four codes side by side
     std::vector<float> unit;              // (M)
     std::vector<int> sum;                 // (M) of value
 };
@@ -80,8 +80,8 @@ struct CodeScratch {
 // Channels a code byte names in the formats and head dimensions that are served here, else 0.
 int code_channels(KvFormat format, int d);
 float code_delta(KvFormat format);
-// The 8-bit codewords of a block, x (KV_BLOCK, f.d); d a multiple of 8.
-void codewords(int16_t *x, KvFormat format, const NsnFields &f);
+// The 8-bit codewords of a block, x (KV_BLOCK, f.d), rows `stride` apart; d a multiple of 8.
+void codewords(int16_t *x, int stride, KvFormat format, const NsnFields &f);
 
 // Queries q and Rq (M, stride) of a task, for code_scores; what it needs for M queries is made.
 void code_queries(CodeScratch &s, const float *Rq, int M, int d, int C, int stride);

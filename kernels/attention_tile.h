@@ -35,7 +35,7 @@ inline void load_nsn(Tile &tile, KvFormat format, const NsnFields &f, unsigned a
     float mean[MAX_HEAD_DIM];
     int16_t x[KV_BLOCK * MAX_HEAD_DIM];
     for (int c = 0; c < f.d; c++) mean[c] = f.mean_at(c);
-    codewords(x, format, f);
+    codewords(x, f.d, format, f);
     for (int t = 0; t < KV_BLOCK; t++) {
         const float s1 = f.s1->at(t), s = s1 * f.s2(t) * delta;
         for (int c = 0; c < f.d; c++) tile.code[t * stride + c] = s * (x[t * f.d + c] + 0.5f), tile.plain[t * stride + c] = s1 * mean[c];

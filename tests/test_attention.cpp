@@ -109,8 +109,8 @@ constexpr double CODES_BOUND = 5e-5;
 TEST_CASE("attention over codes against rows rebuilt in f64: formats, G, lengths, unequal batches") {
     for (KvOptions o : CACHES)
         for (int G : CASE_GQA)
-            for (int d : {24, 64, 96, 128}) {
-                if (d > 24 && G != 3 && (G != 4 || d == 96)) continue;    // the reference rebuilds every row for every query: it takes its time
+            for (int d : {24, 64, 80, 96, 128}) {
+                if (d > 24 && G != 3 && (G != 4 || d == 80 || d == 96)) continue;    // the reference rebuilds every row for every query: it takes its time
                 Sequences s(attention_config(1, G, d), {1, 63, 64, 65, 129}, o, d + G);
                 std::vector<std::vector<float>> ref = s.y;
                 std::vector<int> done(s.lengths.size(), 0);
@@ -137,7 +137,7 @@ TEST_CASE("attention over codes against rows rebuilt in f64: formats, G, lengths
 TEST_CASE("attention over codes: keys and values with means, every G, the head dimensions of the integer kernels") {
     const KvFormat formats[] = {KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b};
     for (int f = 0; f < 4; f++)
-        for (int d : {32, 64, 96, 128, 256})
+        for (int d : {32, 48, 64, 80, 96, 128, 256})
             for (int G : {1, 2, 5, 8}) {
                 if (d == 256 ? G != 5 : (G + f) % 2 == d / 64 % 2) continue;    // the reference takes its time
                 const int length = 195;
@@ -174,7 +174,7 @@ TEST_CASE("attention over codes: a NaN in a query stays in its row and head") {
 }
 
 TEST_CASE("attention: prefill of any step size, decode, batch neighbours and threads give the same bits") {
-    for (int d : {24, 64, 96, 128})
+    for (int d : {24, 64, 80, 96, 128})
     for (KvOptions o : CACHES) {
         const bool integers = o.k_format != KvFormat::f16 && o.v_format != KvFormat::f16;
         if (d > 24 && (!integers || (d > 64 && o.sink == 0))) continue;    // what the integer kernels take

@@ -26,7 +26,7 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
     std::mt19937_64 rng(5);
     int cases = 0;
     for (KvFormat format : CODED)
-        for (int d : {32, 64, 96, 128, 160, 224, 256})
+        for (int d : {32, 48, 64, 80, 96, 112, 128, 160, 224, 256})
             for (int M : {1, 2, 3, 4, 5, 7, 16})
                 for (bool extreme : {false, true}) {
                     const int C = cpu::code_channels(format, d);
@@ -59,7 +59,7 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                     for (int m = 0; m < M; m++) {
                         for (int t = 0; t < KV_BLOCK; t++) {
                             int64_t sum = 0;
-                            for (int c = 0; c < d; c++) sum += (int64_t)s.queries.value[m * d + c] * x(t, c);
+                            for (int c = 0; c < d; c++) sum += (int64_t)s.queries.value[m * ((d + 31) / 32 * 32) + c] * x(t, c);
                             dots[m * KV_BLOCK + t] = (int)sum;
                             CHECK(dots[m * KV_BLOCK + t] == sum);    // it fits
                         }
