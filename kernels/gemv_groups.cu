@@ -20,7 +20,7 @@
              of a warp, 464 to 470 -> 478 to 479; and_xor 480 -> 486; teams, who make their own x, a ring that is filled at once, and
              unembed's norm -> 509.  8 sequences decode 1,468 tok/s, 1,023 with the version that had 8 rows in one launch.
              A layer in q4 (clocks, us from one kernel's x to the next one's; in brackets its bytes at 3.06 TB/s): qkv 7.0 (4.6), attention 6.4
-             (5 when weights were asked for later: it waits for L2 behind them), wo 4.3 (3.1), gate and up 25.2 (21.6), down 11.4 (10.8).
+             (5 when weights were asked for later: it may wait for L2 behind them), wo 4.3 (3.1), gate and up 25.2 (21.6), down 11.4 (10.8).
              With boxes, before teams, 479: nothing multiplied (wrong) 516 to 518 tok/s, nothing copied (wrong) 648 to 655, neither 1,015 to
              1,026: a step is not memory alone, nor instructions, but the starts and ends of four kernels a layer, too.
              Tried, at 477 to 512: weights of the next product asked to come to L2 behind a kernel's own: 468 to 471 for 477 to 478, and beside
@@ -33,12 +33,10 @@
    Limits    N <= 8, more than 4 in two launches; in a multiple of 128 (q4) or 64 (q8), 256 where boxes shall copy; matrices aligned to 16 bytes.
    Tested by tests/test_cuda_groups.cpp                                                                        */
 #ifdef __CUDACC__
-#include "gemv.cuh"
+#include "groups_x.cuh"
 #include "ring.cuh"
 namespace cuda {
 
-constexpr int TEAMS = 2, TEAM = 8;    // of warps that multiply, by turns a stage; one warp more copies weights
-constexpr int WARPS = TEAMS * TEAM, UNITS = 2;    // a warp's parts of a stage
 constexpr int ROWS = 16;             // outputs of a tile; gated: 8 of gate, 8 of up
 constexpr int CODE_BYTES = ROWS * ROW_BYTES;         // of a stage: of each row twice 64 are a warp's, the same 16 of 4 rows lie in different banks
 constexpr int AT_FIRST = 1;          // stages of a team on their way before x is there
@@ -47,11 +45,8 @@ constexpr int PART_BYTES = 33280;    // sums of tiles, of all warps, twice
 constexpr int MOST_ROWS = 4;         // of x in a launch
 constexpr int THREADS = 32 * (WARPS + 1);
 constexpr int LANES = 8;             // that add up an output
-constexpr float INTEGERS = 127 * 65536;    // the largest of x: its high byte fits
 template <int R> constexpr int TILES = 8 / R;    // that are added up together
 
-template <DType T> constexpr int UNIT = T == DType::q4 ? 128 : 64;    // inputs in 64 bytes of codes
-template <DType T> constexpr int STEP = UNIT<T> * TEAM * UNITS;       // inputs of a stage
 template <DType T> constexpr int SCALES = UNIT<T> / GROUP * 2;        // bytes of a unit's scales
 template <DType T> constexpr int ROW_SCALES = TEAM * UNITS * SCALES<T>;      // bytes of a row's scales in a stage
 template <DType T> constexpr int STAGE_BYTES = CODE_BYTES + ROWS * ROW_SCALES<T>;
@@ -84,66 +79,6 @@ template <DType T, int STAGES> struct Rings {
         return {(uint32_t)__cvta_generic_to_shared(shared + cuda::Shared<T, STAGES>::BARRIERS) + team * Ring::bytes(EACH), EACH, AT_FIRST};
     }
     __device__ uint8_t *stage(int team, int slot) const { return shared + (team * EACH + slot) * STAGE_BYTES<T>; }
-};
-
-// x in shared memory, of a group and a pair of rows (or of one row, if there is one): a column has 32 bytes, lane t's 8 together.
-// Behind the columns of all groups, for each row of a pair: the units of the integers of all groups.
-template <int R> struct XPlace {    // R rows
-    static constexpr int PAIRS = (R + 1) / 2, COLUMNS = R == 1 ? 4 : 8;
-    int groups;
-    __device__ int column_at(int group, int pair, int column) const { return ((group * PAIRS + pair) * COLUMNS + column) * 32; }
-    __device__ int unit_at(int group, int n) const { return groups * PAIRS * COLUMNS * 32 + (n * groups + group) * 4; }
-    static int64_t bytes(int64_t in) { return in / GROUP * (PAIRS * COLUMNS * 32 + (R == 1 ? 1 : 2 * PAIRS) * 4); }
-};
-
-// Four lanes' inputs 4t ..., 16 + 4t ... of a group of row n, as integers, by a warp; not for lanes without `any`.
-template <DType T, int R> __device__ inline void make_integers(uint8_t *xs, const XPlace<R> &place, const float4 (&v)[2], int t, int group, int n, bool any) {
-    unsigned top = 0;    // |g x| as bits, which are in its order; NaN is above all
-    for (const float4 &e : v) top = max(top, __float_as_uint(fmaxf(fmaxf(fabsf(e.x), fabsf(e.y)), fmaxf(fabsf(e.z), fabsf(e.w)))));
-    for (const float4 &e : v) top = max(top, __float_as_uint(fabsf(e.x + e.y + e.z + e.w)) > 0x7f800000u ? 0x7fffffffu : 0u);    // fmaxf leaves NaN out
-    top = max(top, __shfl_xor_sync(~0u, top, 1));
-    top = max(top, __shfl_xor_sync(~0u, top, 2));
-    const bool tiny = top < 27u << 23;    // below 2^-100: nothing
-    const float largest = __uint_as_float(top), inverse = tiny ? 0.0f : INTEGERS / largest;
-    uint32_t bytes[3][2];    // [high, middle, low][inputs 4t ..., 16 + 4t ...]
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float e[4] = {v[h].x, v[h].y, v[h].z, v[h].w};
-        uint32_t w[4];    // with 128 added to each byte, which are digits then
-#pragma unroll
-        for (int c = 0; c < 4; c++) w[c] = __float2int_rn(e[c] * inverse) + 0x808080;
-#pragma unroll
-        for (int b = 0; b < 3; b++) {
-            const int select = (2 - b) | (6 - b) << 4;
-            bytes[b][h] = __byte_perm(__byte_perm(w[0], w[1], select), __byte_perm(w[2], w[3], select), 0x5410) ^ 0x80808080;
-        }
-    }
-    uint8_t *const to = xs + place.column_at(group, n / 2, n % 2 * 4) + 8 * t;
-    for (int b = 0; b < 3; b++)
-        if (any) *(uint2 *)(to + b * 32) = make_uint2(bytes[b][0], bytes[b][1]);
-    if (any) *(uint2 *)(to + 3 * 32) = make_uint2(0, 0);
-    // codes of q4 are 16 times what they are
-    if (any && t == 0) *(float *)(xs + place.unit_at(group, n)) = tiny ? 0.0f : largest * ((T == DType::q4 ? 0.0625f : 1.0f) / INTEGERS);
-}
-// The units of a step are shared by the warps of a team; u: of a warp.
-__device__ inline int unit_of(int step, int u) { return (step * UNITS + u) * TEAM + threadIdx.x / 32 % TEAM; }
-// A lane's part of making x of what its warp multiplies: a quad of lanes has a group of a step.
-template <DType T, int ROWS_AT_ONCE> struct XLane {
-    static constexpr int GROUPS = UNIT<T> / GROUP;    // of a unit
-    float4 v[ROWS_AT_ONCE][2], gain[2];
-    __device__ static int group(int step) { return unit_of(step, threadIdx.x % 32 / (4 * GROUPS)) * GROUPS + threadIdx.x / 4 % GROUPS; }
-    __device__ static bool any(int step, int in) { return threadIdx.x % 32 / (4 * GROUPS) < UNITS && group(step) * GROUP < in; }
-    __device__ static int input(int step) { return group(step) * GROUP + threadIdx.x % 4 * 4; }
-    __device__ void load_gain(const float *weights, int step, int in) {
-        for (int h = 0; h < 2; h++)
-            if (weights) gain[h] = any(step, in) ? __ldg((const float4 *)(weights + input(step) + 16 * h)) : make_float4(0, 0, 0, 0);
-    }
-    __device__ void load(const float *x, int step, int n0, int N, int in) {
-#pragma unroll
-        for (int n = 0; n < ROWS_AT_ONCE; n++)
-            for (int h = 0; h < 2; h++)
-                if (n0 + n < N) v[n][h] = any(step, in) ? *(const float4 *)(x + (int64_t)(n0 + n) * in + input(step) + 16 * h) : make_float4(0, 0, 0, 0);
-    }
 };
 
 // ---- a tile's steps from .. to-1 of weights come to the rings, by one warp; from: a multiple of TEAMS
@@ -396,7 +331,7 @@ template <DType T, int R, int STAGES, bool BOXES> static void launch_groups(cons
     const Tiles share(p.tiles<ROWS>());
     launch(kernel, share.blocks(), THREADS, bytes, p, maps, share, x, N, in, slabs);
 }
-// False: N is too large, or not even a step's x fits.
+// False: N is too large, or x of not even a step of each team fits.
 template <DType T, int R, int STAGES> static bool gemv_groups_by(const Products &p, const float *x, int N, int in) {
     const int64_t room = most_shared - Shared<T, STAGES>::X;
     const int steps = (int)ceil_div(in, STEP<T>);

@@ -98,8 +98,8 @@ template <int WARPS> __device__ inline void meet_readers() { asm volatile("bar.s
 
 // A stage has ROW_BYTES neighbouring bytes of each of 16 rows, at a multiple of 128 bytes.  Within 128 bytes, which are all banks, rows
 // 0 .. S-1 have their parts of 128 / S bytes in different orders, so that the same part of S rows lies in different banks.
-// S <= 4: 32 bytes, what memory gives at a time, shall stay together at a multiple of 32.  Llama-3-8B in q4 decodes 467 tok/s with S = 4,
-// 425 with 8, where 16 bytes change places; 452 with rows 16 bytes more apart in the place of all this.
+// S <= 4: 32 bytes, what memory gives at a time, shall stay together at a multiple of 32 (q4, before it had boxes: 467 tok/s with S = 4,
+// 425 with 8, where 16 bytes change places; 452 with rows 16 bytes more apart in the place of all this).
 constexpr int ROW_BYTES = 1024;
 template <int S> __device__ inline int place_in_stage(int row, int byte) { return row * ROW_BYTES + (byte ^ row % S * (128 / S)); }
 // A warp's copies: eight lanes 128 bytes of a row at a time, a lane those of rows lane / 8, 4 further ...

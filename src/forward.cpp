@@ -27,7 +27,7 @@ void forward(const Model &m, const KvView &kv, Activations &a, const Batch &rows
         op.matmul_add(a.x, a.gate, w.w_down, N, F, D, {l + 1 < c.n_layers ? m.layers[l + 1].attn_norm : m.out_norm, c.norm_eps});
     }
     if (b.n_out > 0) {
-        const bool all = b.n_out == N;
+        const bool all = b.n_out == N;    // b.out names rows once and in order
         if (!all) op.gather(a.x_out, a.x, b.out, b.n_out, D);
         op.unembed(a.logits, a.xn, all ? a.x : a.x_out, {m.out_norm, c.norm_eps}, m.unembed, b.n_out, D, c.vocab);
     }
