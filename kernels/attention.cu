@@ -73,7 +73,7 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
         for (int hq = 0; hq < Hq; hq++) {
             std::vector<double> p, x(d), out(d);
             const int h = hq / G, slot = b.slot[n], pos0 = b.pos[b.first[n]];
-            const int end = kv.coded_end(kv.exact_prefill ? pos0 : b.pos[n]);
+            const int end = kv.coded_end(kv.exact_prefill ? pos0 : b.pos[n], layer);
             const float *qn = q + ((int64_t)n * Hq + hq) * d;
             auto row = [&](int t, bool key) {
                 const int i = t / KV_BLOCK;
@@ -289,8 +289,8 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     for (int n = 0, rows; n < b.N; n += rows) {
         const SlotStep step = {b.slot[n], b.first[n], b.pos[b.first[n]]};
         rows = 1;
-        while (rows < ROW_TILE && n + rows < b.N && b.first[n + rows] == step.row0 && kv.stretch(b.pos[n + rows]) == kv.stretch(b.pos[n])) rows++;
-        const int end = kv.coded_end(kv.exact_prefill ? step.pos0 : b.pos[n]), n_blocks = b.pos[n + rows - 1] / KV_BLOCK + 1;
+        while (rows < ROW_TILE && n + rows < b.N && b.first[n + rows] == step.row0 && kv.stretch(b.pos[n + rows], layer) == kv.stretch(b.pos[n], layer)) rows++;
+        const int end = kv.coded_end(kv.exact_prefill ? step.pos0 : b.pos[n], layer), n_blocks = b.pos[n + rows - 1] / KV_BLOCK + 1;
         for (int h = 0; h < kv.Hkv; h++) tasks.push_back({step, n, rows, h, end, n_blocks});
         segments = std::max(segments, ceil_div(n_blocks, SEGMENT));
     }

@@ -38,7 +38,8 @@ struct Args {
     KvView kv;
     const f16 *k16, *v16;
     Batch b;
-    const RowTile *tiles;
+    const TilePlace *tiles;
+    const int *last_pos;
     SealedFormat k_sealed, v_sealed;
     float *part_o;     // (N, Hq, MAX_SEGMENTS, 2, d)  plain half, code half
     float2 *part_ml;   // (N, Hq, MAX_SEGMENTS)        m, l
@@ -145,11 +146,13 @@ __global__ void __launch_bounds__(THREADS) attention_any_kernel(Args a) {
     constexpr int R = M / WARPS, STRIDE = DMAX + PAD, C = DMAX / 32, W = C < 4 ? C : 4;
     const KvView &kv = a.kv;
     const int d = kv.d, G = a.G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const RowTile tile = half_of(a.tiles[blockIdx.x / a.halves], blockIdx.x % a.halves, a.b.pos);
+    const RowTile whole = a.tiles[blockIdx.x / a.halves].rows(kv, a.layer, a.b.pos, a.last_pos);
+    if (whole.rows == 0) return;
+    const RowTile tile = half_of(whole, blockIdx.x % a.halves, a.b.pos);
     const int h = blockIdx.y / a.M_tiles, m0 = blockIdx.y % a.M_tiles * M, n_queries = min(M, tile.rows * G - m0);
     if (n_queries <= 0) return;
     const int slot = a.b.slot[tile.row], row0 = a.b.first[tile.row], step_pos = a.b.pos[row0], pos = a.b.pos[tile.row];
-    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos);
+    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos, a.layer);
     const int n_blocks = pos / KV_BLOCK + 1, segment = segment_blocks(n_blocks);
     const int begin = a.split ? blockIdx.z * segment : 0, end = a.split ? min(begin + segment, n_blocks) : n_blocks;
     if (begin >= end) return;
@@ -354,12 +357,12 @@ void attention(float *y, const float *q, const KvView &kv, int layer, const f16 
     if (attention_prefill(y, q, kv, layer, k16, v16, b, Hq)) return;
     const Step &step = step_of(b);
     const int d = kv.d, n_tiles = (int)step.tiles.size();
-    Args a = {y, q, kv, k16, v16, b, step.on_tiles, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d), (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, 1, b.N <= SPLIT_ROWS};
+    Args a = {y, q, kv, k16, v16, b, step.on_tiles, step.on_last_pos, sealed_format(kv.k_format, d), sealed_format(kv.v_format, d),
+              (float *)step.work, nullptr, layer, Hq, Hq / kv.Hkv, 0, 1, b.N <= SPLIT_ROWS};
     // The grid is that of the longest context, whatever the positions: graphs repeat this launch.
     // Thread blocks beyond a row's last segment return at once.
     const int n_segments = a.split ? std::min(MAX_SEGMENTS, (int)ceil_div(kv.max_blocks, MIN_SEGMENT)) : 1;
-    int tile_rows = 1;
-    for (const RowTile &t : step.tiles) tile_rows = std::max(tile_rows, t.rows);
+    const int tile_rows = std::min(KV_BLOCK, step.most_rows());
     if (tile_rows > 1) a.halves = 2;
     if (a.split) a.part_ml = (float2 *)(a.part_o + (int64_t)b.N * Hq * MAX_SEGMENTS * 2 * d);
     const bool few = tile_rows * a.G <= 8;

@@ -45,7 +45,7 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = parts_of(units, F16_WARPS, a.room);
         if (part >= parts) continue;
-        const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos);
+        const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos, a.layer);
         const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
         int g = begin + warp;

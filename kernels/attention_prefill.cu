@@ -41,7 +41,7 @@ struct PrefillArgs {
     KvView kv;
     const f16 *k16, *v16;          // (N, Hkv, d)
     Batch b;
-    const RowTile *tiles;
+    const TilePlace *tiles;
     const SlotRows *slots;
     const int *last_pos;
     SealedFormat k_sealed, v_sealed;
@@ -70,7 +70,7 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
     const bool key = blockIdx.z % 2, coded = blockIdx.z / 2 % a.versions;
     const SlotRows rows = a.slots[s];
     const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row], last = a.last_pos[rows.row];
-    const int first_end = kv.coded_end(p0), last_end = kv.coded_end(kv.exact_prefill ? p0 : last);    // of the first row, of the last
+    const int first_end = kv.coded_end(p0, a.layer), last_end = kv.coded_end(kv.exact_prefill ? p0 : last, a.layer);    // of the first row, of the last
     if (i > last / KV_BLOCK) return;
     const bool far_behind = i >= kv.sink && i < first_end, sealed = coded || (far_behind && a.versions == 1);
     if (coded ? i < kv.sink || i >= last_end : far_behind && !sealed) return;
@@ -135,9 +135,11 @@ template <int D> __global__ void __launch_bounds__(32 * WARPS, 3) attention_pref
     const KvView &kv = a.kv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, j = lane % 4;
     const int m_tile = blockIdx.x % a.m_tiles, h = blockIdx.x / a.m_tiles % kv.Hkv;
-    const RowTile tile = a.tiles[a.n_tiles - 1 - blockIdx.x / a.m_tiles / kv.Hkv];    // late rows read most: they begin first
-    const int step_pos = a.b.pos[a.b.first[tile.row]], pos = a.b.pos[tile.row];
-    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos);    // of all its rows, whose own blocks are two at most
+    const TilePlace place = a.tiles[a.n_tiles - 1 - blockIdx.x / a.m_tiles / kv.Hkv];    // late rows read most: they begin first
+    const RowTile tile = place.rows(kv, a.layer, a.b.pos, a.last_pos);
+    if (tile.rows == 0) return;
+    const int step_pos = a.b.pos[place.row], pos = a.b.pos[tile.row];
+    const int coded_end = kv.coded_end(kv.exact_prefill ? step_pos : pos, a.layer);    // of all its rows, whose own blocks are two at most
     const int own_begin = pos / KV_BLOCK, last = (pos + tile.rows - 1) / KV_BLOCK, end = min(a.begin + a.W, last + 1);
     const int m0 = (m_tile * WARPS + warp) * 16, n_queries = tile.rows * a.G;    // query m is row m / G, head m % G
     if (m_tile * WARPS * 16 >= n_queries || a.begin >= end) return;
@@ -297,11 +299,8 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     const int W = (int)(window / (2 * versions * block_bytes * n_slots));
     if (b.N <= FEW_ROWS || step.single_rows() || (d != 64 && d != 128) || kv.ablate || W == 0) return false;
     if (kv_is_scalar(kv.k_format) || kv_is_scalar(kv.v_format)) return false;
-    int tile_rows = 1, n_blocks = 1;
-    for (const RowTile &t : step.tiles) {
-        tile_rows = std::max(tile_rows, t.rows);
-        n_blocks = std::max(n_blocks, step.pos[t.row + t.rows - 1] / KV_BLOCK + 1);
-    }
+    int n_blocks = 1;
+    for (const SlotRows &s : step.slots) n_blocks = std::max(n_blocks, step.pos[s.row + s.rows - 1] / KV_BLOCK + 1);
     float2 *state = (float2 *)step.work;
     f16 *k = (f16 *)((uint8_t *)step.work + state_bytes(b.N, Hq)), *v = k + window / 2 / sizeof(f16);
     PrefillArgs a = {};
@@ -311,6 +310,7 @@ bool attention_prefill(float *y, const float *q, const KvView &kv, int layer, co
     a.state = state, a.k = k, a.v = v;
     a.layer = layer, a.Hq = Hq, a.G = Hq / kv.Hkv;
     a.n_tiles = (int)step.tiles.size(), a.versions = versions, a.n_slots = n_slots, a.W = std::min(W, n_blocks);
+    const int tile_rows = std::min(KV_BLOCK, step.most_rows());
     d == 64 ? attend<64>(a, n_blocks, tile_rows) : attend<128>(a, n_blocks, tile_rows);
     return true;
 }

@@ -22,15 +22,25 @@ constexpr int GPU_SMS = 132;   // multiprocessors of an H100; a constant, so tha
 struct SlotRows { int row, rows; };
 // Up to KV_BLOCK rows of one slot and one stretch of positions (KvView::stretch), so they agree on what is coded.
 struct RowTile { int row, rows; };
+// Tile `number` of the slot whose first row is `row`.  Which rows these are, and whether there are any, depends on the layer.
+struct TilePlace {
+    int row, number;
+    HD RowTile rows(const KvView &kv, int layer, const int *pos, const int *last_pos) const {
+        const int p0 = pos[row], stretch = kv.stretch(p0, layer) + number, begin = kv.stretch_begin(stretch, layer);
+        const int from = begin > p0 ? begin : p0, last = last_pos[row], end = begin + KV_BLOCK <= last ? begin + KV_BLOCK : last + 1;
+        return {row + from - p0, end > from ? end - from : 0};
+    }
+};
+inline int most_tiles(int rows) { return (int)ceil_div(rows - 1, KV_BLOCK) + 1; }    // of a slot, wherever they begin
 
 // The current step.  Arrays named on_* live on the device, the others are the host's copy, for sizes of launches.
 struct Step {
     Batch on_device;
     std::vector<int> pos;
     std::vector<SlotRows> slots;
-    std::vector<RowTile> tiles;
+    std::vector<TilePlace> tiles;
     const SlotRows *on_slots;
-    const RowTile *on_tiles;
+    const TilePlace *on_tiles;
     const int *on_last_pos;    // (N) position of the last row of the row's slot
     void *rows16;              // what an op leaves for the next: rows16.cuh
     void *work;                // what one op needs while it runs: see work_bytes in cuda_ops.cu
@@ -41,6 +51,11 @@ struct Step {
         for (int p : pos) last = std::max(last, p);
         while (blocks < last / KV_BLOCK + 1) blocks *= 2;
         return blocks;
+    }
+    int most_rows() const {    // of a slot
+        int rows = 0;
+        for (const SlotRows &s : slots) rows = std::max(rows, s.rows);
+        return rows;
     }
     // Blocks to seal, of the slot and layer with most.
     int most_seals(const KvView &kv) const {

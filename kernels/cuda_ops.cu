@@ -4,7 +4,7 @@
              program was built without CUDA, when the driver finds no device, or when the device cannot run our kernels.
    Memory    alloc takes from the device and says what was asked, free and there in all when it fails.
    A step    begin() copies the row arrays to the scratch, with what the kernels would otherwise have to search for: the rows of
-             each slot, and row tiles (up to KV_BLOCK rows of one slot in one stretch of positions).
+             each slot, and where row tiles are (TilePlace: up to KV_BLOCK rows of one slot in one stretch of positions).
    Scratch   [ (token slot pos first last_pos out) | slots | tiles | rows16 | work ]   int32 arrays of N each, slots and tiles 2 N;
              rows16 is what an op leaves for the next (rows16.cuh), work what one op needs while it runs: attention's partial results, or matmul's 16-bit activations.
    Graphs    Decode steps are recorded once and replayed, see replay().
@@ -237,9 +237,9 @@ static Batch begin(const Batch &host, void *scratch) {
     for (int n = 0; n < N; n++) {
         if (host.first[n] == n) step.slots.push_back({n, 0});
         step.slots.back().rows++;
-        if (host.first[n] == n || KvView::stretch(host.pos[n]) != KvView::stretch(host.pos[n - 1])) step.tiles.push_back({n, 0});
-        step.tiles.back().rows++;
     }
+    for (const SlotRows &s : step.slots)
+        for (int i = 0; i < most_tiles(s.rows); i++) step.tiles.push_back({s.row, i});
     static std::vector<int> ints;    // kept between steps: nothing is allocated per token
     ints.assign((size_t)N * ROW_INTS, 0);
     int *at = ints.data(), *const to = (int *)scratch;
@@ -254,7 +254,7 @@ static Batch begin(const Batch &host, void *scratch) {
     step.on_last_pos = put(last, N, N);
     step.on_device.out = put(host.out, host.n_out, N);
     step.on_slots = (const SlotRows *)put(step.slots.data(), 2 * (int)step.slots.size(), 2 * N);
-    step.on_tiles = (const RowTile *)put(step.tiles.data(), 2 * (int)step.tiles.size(), 2 * N);
+    step.on_tiles = (const TilePlace *)put(step.tiles.data(), 2 * (int)step.tiles.size(), 2 * N);
     step.rows16 = (uint8_t *)scratch + rows_bytes(N);
     step.work = (uint8_t *)step.rows16 + rows16_bytes(N);
     upload(scratch, ints.data(), ints.size() * sizeof(int));

@@ -13,7 +13,7 @@ struct Part {
         const KvView &kv = a.kv;
         const int heads = kv.Hkv * a.chunks, head = task % heads;
         n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks, q0 = head % a.chunks * queries;    // parts that few rows have come last
-        slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos), n_blocks) - kv.sink);
+        slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos, a.layer), n_blocks) - kv.sink);
         parts = parts_of(coded, a.b.N <= FEW_ROWS ? BLOCKS_EACH : 1, a.room);
         begin = kv.sink + (int)((int64_t)coded * part / parts) + rank;
         const int end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);

@@ -8,16 +8,17 @@
 //            +----+----+----+----+----+----+----+----+
 //            |f16 |code|code|code|code|f16 |f16 |f16 |         sinks | sealed | recents | open
 //            +----+----+----+----+----+----+----+----+
-//                  ^sink               ^coded_end(pos)         in blocks
+//                  ^sink               ^coded_end              in blocks
 //
-// Which tokens does a row see, and in what precision?  A row at position p sees tokens 0..p: those of blocks
-// [sink, coded_end(p)) through codes, the rest exactly.  Prefill, single decode and batched decode are therefore one
+// Which tokens does a row see, and in what precision?  In layer l a row at position p sees tokens 0..p: those of blocks
+// [sink, coded_end(p, l)) through codes, the rest exactly.  Prefill, single decode and batched decode are therefore one
 // function.  With `exact_prefill` all rows of a step use coded_end of the step's first position: they see each other
 // exactly, and blocks are sealed for the steps that follow.
 //
-// When is a block sealed?  A row reads it as codes once SEAL_STEPS more tokens are behind it.  Until then the layers take
-// turns, layer l when l % SEAL_STEPS tokens are (sealed_end), so that a decode step seals an eighth of the layers at most:
-// sealing all of them at once made a step of 32 sequences of Llama-3-8B half as long again (with a kernel half as fast as today's).
+// When is a block sealed?  Layers take turns: the first when the block is full, the last up to SEAL_STEPS - 1 tokens later,
+// spread evenly (turn), so that a decode step seals a 32nd of the layers.  Rows read the codes from the next token on.
+// Tried: all layers at once, a step of 32 sequences of Llama-3-8B half as long again; 8 turns, after which all layers read the codes,
+// 21 to 26% longer with as many sequences of Llama-2-7B as fit.
 //
 // Where the exact tokens are: tokens of this step in k16, v16; earlier ones in the ring k_exact, v_exact.  kv_write
 // rounds the rows and seals blocks, attention reads, kv_keep puts the step's rows that stay exact into the ring.
@@ -38,7 +39,7 @@
 #include "ops.h"
 
 constexpr int KV_BLOCK = 64;           // tokens that share one NSN mean, and one sealing
-constexpr int SEAL_STEPS = 8;          // layers seal a block in so many turns
+constexpr int SEAL_STEPS = 32;         // layers seal a block in so many turns
 constexpr int MAX_HEAD_DIM = 256;
 
 enum class KvFormat : uint8_t {
@@ -219,16 +220,26 @@ struct KvView {
     const int *table;              // (B, max_blocks)    block i of slot s is number table[s][i] of the pool
     RopeTable rope;
 
-    // The first block that a row at pos does not read as codes.
-    HD int coded_end(int pos) const { return end_behind(pos - SEAL_STEPS); }
+    // So many tokens after a block's last the layer seals it.
+    HD int turn(int layer) const { return layer * SEAL_STEPS / L; }
     // The first block that this layer has not sealed when the row at pos is there.  pos = -1: nothing is sealed yet.
-    HD int sealed_end(int pos, int layer) const { return end_behind(pos - layer % SEAL_STEPS); }
-    // The i-th layer that may seal a block, and one at most, in a step of one row, at pos.
-    HD static int layer_in_turn(int pos, int i) { return pos % KV_BLOCK + SEAL_STEPS * i; }
-    // Blocks that a layer seals in a step of rows at positions from .. to, at most.
-    HD int most_seals(int from, int to) const { return end_behind(to) - end_behind(from - (L < SEAL_STEPS ? L : SEAL_STEPS)); }
-    // Rows of equal stretches agree on coded_end.
-    HD static int stretch(int pos) { return (pos + KV_BLOCK - SEAL_STEPS) / KV_BLOCK; }
+    HD int sealed_end(int pos, int layer) const { return end_behind(pos - turn(layer)); }
+    // The first block that a row at pos does not read as codes: what steps of earlier positions sealed.
+    HD int coded_end(int pos, int layer) const { return sealed_end(pos - 1, layer); }
+    // The i-th layer that may seal a block, and one at most, in a step of one row, at pos; L: there is none.
+    HD int layer_in_turn(int pos, int i) const {
+        const int at = pos % KV_BLOCK, layer = (at * L + SEAL_STEPS - 1) / SEAL_STEPS + i;
+        return layer < L && turn(layer) == at ? layer : L;
+    }
+    // Blocks that a layer seals in a step of rows at positions from .. to, at most; of one row, exactly.
+    HD int most_seals(int from, int to) const {
+        if (from < to) return end_behind(to) - sealed_end(from - 1, L - 1);
+        const int layer = layer_in_turn(to, 0);
+        return layer < L ? sealed_end(to, layer) - sealed_end(to - 1, layer) : 0;
+    }
+    // Rows of equal stretches, KV_BLOCK positions from stretch_begin on, agree on coded_end.
+    HD int stretch(int pos, int layer) const { return (pos + KV_BLOCK - 1 - turn(layer)) / KV_BLOCK; }
+    HD int stretch_begin(int stretch, int layer) const { return (stretch - 1) * KV_BLOCK + 1 + turn(layer); }
     // Index of block i of a slot in units of Block.
     HD int64_t sealed_at(int layer, int slot, int h, int i) const {
         return ((int64_t)layer * n_blocks + table[(int64_t)slot * max_blocks + i]) * Hkv + h;

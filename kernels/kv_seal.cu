@@ -257,7 +257,7 @@ template <int D> __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(
     const SlotRows rows = a.slots[blockIdx.z / 2];
     const int slot = a.b.slot[rows.row], p0 = a.b.pos[rows.row];
     const int layer = a.layer == ALL_IN_TURN ? kv.layer_in_turn(p0, (int)blockIdx.x) : a.layer;
-    if (a.layer == ALL_IN_TURN && (p0 % KV_BLOCK >= SEAL_STEPS || layer >= kv.L)) return;    // the first: most steps seal nothing
+    if (layer == kv.L) return;
     const int i = kv.sealed_end(p0 - 1, layer) + (a.layer == ALL_IN_TURN ? 0 : blockIdx.x);
     if (i >= kv.sealed_end(a.last_pos[rows.row], layer)) return;
     uint8_t *block = key ? kv.k_block(layer, slot, h, i) : kv.v_block(layer, slot, h, i);

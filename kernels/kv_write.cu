@@ -3,10 +3,10 @@
    kv_write  k16, v16 (N,Hkv,d) f16 <- k, v (N,Hkv,d) f32, rounded; then for every slot of the step with positions
              p0..p1 the blocks [sealed_end(p0 - 1), sealed_end(p1)) are sealed: their 64 rows are gathered from the ring
              (t < p0) and from this step's rows, and encoded.
-   kv_keep   rows that stay exact (sinks, and t >= 64 coded_end(p1)) go to the ring.  After attention, because a row of this
+   kv_keep   rows that stay exact (sinks, and t >= 64 coded_end(p1, layer)) go to the ring.  After attention, because a row of this
              step may still need what they replace.
 
-   A step of one row seals at most one block per head, and only in an eighth of the layers (kv_block.h: when is a block sealed?).
+   A step of one row seals at most one block per head, and only in the layers whose turn it is (kv_block.h: when is a block sealed?).
 
    Cost      per token, layer and kv head: 2 x 6 d bytes to round, 2 x 2 d to keep; sealing is seal() once per 64 tokens.
    Tested by tests/test_kv.cpp                                                                                      */
@@ -132,7 +132,7 @@ void kv_keep(const KvView &kv, int layer, const f16 *k16, const f16 *v16, const 
     for (int n = 0, last = 0; n < b.N; n++) {
         if (b.first[n] == n) last = last_row(b, n);
         const int i = b.pos[n] / KV_BLOCK;
-        if (i >= kv.sink && i < kv.coded_end(b.pos[last])) continue;
+        if (i >= kv.sink && i < kv.coded_end(b.pos[last], layer)) continue;
         for (int h = 0; h < Hkv; h++) {
             const int64_t ring = kv.exact_at(layer, b.slot[n], h, b.pos[n]);
             const int64_t row = ((int64_t)n * Hkv + h) * d;
@@ -174,7 +174,7 @@ void kv_write(const KvView &kv, int layer, f16 *k16, f16 *v16, const float *k, c
 __global__ void keep_kernel(KvView kv, int layer, const f16 *k16, const f16 *v16, Batch b, const int *last_pos) {
     const int n = blockIdx.x, d = kv.d, i = b.pos[n] / KV_BLOCK;
     wait_for_inputs();
-    if (i >= kv.sink && i < kv.coded_end(last_pos[n])) return;
+    if (i >= kv.sink && i < kv.coded_end(last_pos[n], layer)) return;
     for (int c = threadIdx.x; c < kv.Hkv * d; c += blockDim.x) {
         const int64_t ring = kv.exact_at(layer, b.slot[n], c / d, b.pos[n]) + c % d;
         const int64_t row = (int64_t)n * kv.Hkv * d + c;

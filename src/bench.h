@@ -11,7 +11,7 @@
 //             can be read
 //   bytes     that a step must read: weights, codes with their metadata, blocks that are fp16; GB/s and its share of the
 //             bandwidth; limit: tokens a second if those bytes were all the time a step takes
-//   seal      of a cache with codes: how much longer a step takes in which a layer of every sequence seals a block, SEAL_STEPS of
+//   seal      of a cache with codes: how much longer a step takes in which layers of every sequence seal a block, up to SEAL_STEPS of
 //             KV_BLOCK steps; median over median, minus 1.  The first two such steps are left out: a GPU runs the first step of a
 //             kind, records the second and replays the others; so it takes three, and one that does not seal.  On a GPU a kind
 //             ends where the depth passes a power of two: depths like 4096 tell, depth 0 does not

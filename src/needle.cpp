@@ -30,7 +30,7 @@ std::vector<NeedleTrial> make_trials(const Model &m, const std::vector<int> &tex
     const std::vector<int> stop = {tokenizer_encode(m.tokenizer, "a.", false).back()};
     const int n_question = (int)question.size(), n_needle = n_question + NEEDLE_WORDS + (int)stop.size();
     const int asked = context - NEEDLE_WORDS - n_question;    // where the question begins
-    const int sealed_from = kv.sink * KV_BLOCK, sealed_to = asked < 0 ? 0 : kv.coded_end(asked) * KV_BLOCK;
+    const int sealed_from = kv.sink * KV_BLOCK, sealed_to = asked < 0 ? 0 : kv.coded_end(asked, kv.L - 1) * KV_BLOCK;
     if (sealed_to - sealed_from < n_needle) refuse("--needle: a context of %d tokens has no sealed block to hide a needle in; raise -c", context);
     if ((int)text.size() < context) fail("--needle: a text of %zu tokens is too short for contexts of %d", text.size(), context);
 

@@ -26,7 +26,7 @@ struct NeedleTrial {
 std::vector<int> needle_words(const Tokenizer &t);
 
 // The same trials for the same text, context and seed.  Needles lie in the blocks [first, coded_end) of kv, in which every
-// row of the question reads codes.
+// row of the question reads codes, in every layer.
 std::vector<NeedleTrial> make_trials(const Model &m, const std::vector<int> &text, int bos, const KvView &kv, int context, int n, uint64_t seed);
 
 // The mode --ppl FILE --needle.

@@ -93,8 +93,10 @@ int64_t memory_taken(const Ops &ops) {
 }
 
 CacheBytes cache_bytes_read(const KvView &kv, int pos) {
-    const int64_t heads = (int64_t)kv.L * kv.Hkv, sealed = kv.coded_end(pos) - kv.sink, exact = pos + 1 - sealed * KV_BLOCK;
-    return {heads * sealed * (kv.k_block_bytes + kv.v_block_bytes + kv.k_beside_bytes + kv.v_beside_bytes), heads * exact * kv.d * 2 * (int64_t)sizeof(f16)};
+    int64_t sealed = 0;    // blocks of all layers
+    for (int layer = 0; layer < kv.L; layer++) sealed += kv.coded_end(pos, layer) - kv.sink;
+    const int64_t exact = (int64_t)kv.L * (pos + 1) - sealed * KV_BLOCK;    // tokens
+    return {kv.Hkv * sealed * (kv.k_block_bytes + kv.v_block_bytes + kv.k_beside_bytes + kv.v_beside_bytes), kv.Hkv * exact * kv.d * 2 * (int64_t)sizeof(f16)};
 }
 
 // ---- the closing line ---------------------------------------------------------------------------------------

@@ -89,16 +89,17 @@ struct StepOn {
     ~StepOn() { ops.release(scratch); }
 };
 
-// Sequences of random queries, keys and values through the caches of both, in the same steps.
+// Sequences of random queries, keys and values through the last layer's caches of both, in the same steps.
 struct BothCaches {
     Config c;
     const Ops &gpu;
+    const int layer;
     std::vector<int> lengths, done;
     std::vector<std::vector<float>> q, k, v;
     KvCache on_cpu, on_gpu;
 
     BothCaches(const Ops &gpu, const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1)
-        : c(c), gpu(gpu), lengths(lengths), done(lengths.size(), 0) {
+        : c(c), gpu(gpu), layer(c.n_layers - 1), lengths(lengths), done(lengths.size(), 0) {
         int longest = 1;
         for (size_t s = 0; s < lengths.size(); s++) {
             const int n = lengths[s];
@@ -145,19 +146,19 @@ struct BothCaches {
         const Batch b = rows.batch();
         if (b.N == 0) return {};
         std::vector<f16> k16(ks.size()), v16(vs.size());
-        if (cpu_too || want) cpu::kv_write(on_cpu.view, 0, k16.data(), v16.data(), ks.data(), vs.data(), b);
+        if (cpu_too || want) cpu::kv_write(on_cpu.view, layer, k16.data(), v16.data(), ks.data(), vs.data(), b);
         if (want) {
             want->assign(qs.size(), NAN);
-            reference::attention(want->data(), qs.data(), on_cpu.view, 0, k16.data(), v16.data(), b, Hq);
+            reference::attention(want->data(), qs.data(), on_cpu.view, layer, k16.data(), v16.data(), b, Hq);
         }
         const StepOn on(gpu, rows, Hq, c.head_dim, nq);
         const OnDevice<float> gq(gpu, qs), gk(gpu, ks), gv(gpu, vs), y(gpu, qs.size());
         const OnDevice<f16> gk16(gpu, ks.size()), gv16(gpu, vs.size());
-        gpu.kv_write(on_gpu.view, 0, gk16.p, gv16.p, gk.p, gv.p, on.b);
+        gpu.kv_write(on_gpu.view, layer, gk16.p, gv16.p, gk.p, gv.p, on.b);
         if (copy) copy_cache();
-        gpu.attention(y.p, gq.p, on_gpu.view, 0, gk16.p, gv16.p, on.b, Hq);
-        gpu.kv_keep(on_gpu.view, 0, gk16.p, gv16.p, on.b);
-        if (cpu_too || want) cpu::kv_keep(on_cpu.view, 0, k16.data(), v16.data(), b);
+        gpu.attention(y.p, gq.p, on_gpu.view, layer, gk16.p, gv16.p, on.b, Hq);
+        gpu.kv_keep(on_gpu.view, layer, gk16.p, gv16.p, on.b);
+        if (cpu_too || want) cpu::kv_keep(on_cpu.view, layer, k16.data(), v16.data(), b);
         return y.host();
     }
     std::vector<int> ends(int back) const {

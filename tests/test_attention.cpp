@@ -9,15 +9,15 @@ namespace reference {
 void attention(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq);
 }
 
-// Sequences with random queries, keys and values, fed through kv_write, attention and kv_keep in steps of any size.
+// Sequences with random queries, keys and values, fed through kv_write, attention and kv_keep of the last layer in steps of any size.
 struct Sequences {
     Config c;
-    int Hq, d;
+    int Hq, d, layer;
     std::vector<int> lengths;
     std::vector<std::vector<float>> q, k, v, y;    // of each sequence: (length, H, d)
     KvCache cache;
 
-    Sequences(const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1) : c(c), Hq(c.n_heads), d(c.head_dim), lengths(lengths) {
+    Sequences(const Config &c, const std::vector<int> &lengths, const KvOptions &o, uint64_t seed = 1) : c(c), Hq(c.n_heads), d(c.head_dim), layer(c.n_layers - 1), lengths(lengths) {
         int longest = 1;
         for (size_t s = 0; s < lengths.size(); s++) {
             const int n = lengths[s];
@@ -48,10 +48,10 @@ struct Sequences {
         if (b.N == 0) return false;
         std::vector<f16> k16(ks.size()), v16(vs.size());
         std::vector<float> out(qs.size(), NAN), want(ref ? qs.size() : 0);
-        cpu::kv_write(cache.view, 0, k16.data(), v16.data(), ks.data(), vs.data(), b);
-        cpu::attention(out.data(), qs.data(), cache.view, 0, k16.data(), v16.data(), b, Hq);
-        if (ref) reference::attention(want.data(), qs.data(), cache.view, 0, k16.data(), v16.data(), b, Hq);
-        cpu::kv_keep(cache.view, 0, k16.data(), v16.data(), b);
+        cpu::kv_write(cache.view, layer, k16.data(), v16.data(), ks.data(), vs.data(), b);
+        cpu::attention(out.data(), qs.data(), cache.view, layer, k16.data(), v16.data(), b, Hq);
+        if (ref) reference::attention(want.data(), qs.data(), cache.view, layer, k16.data(), v16.data(), b, Hq);
+        cpu::kv_keep(cache.view, layer, k16.data(), v16.data(), b);
         for (int n = 0; n < b.N; n++) {
             const size_t to = (size_t)b.pos[n] * Hq * d, from = (size_t)n * Hq * d;
             std::copy(&out[from], &out[from] + Hq * d, &y[b.slot[n]][to]);
@@ -70,7 +70,7 @@ TEST_CASE("attention against the f64 reference: every head shape, lengths at eve
     int cases = 0;
     for (int d : CASE_HEAD_DIMS)
         for (int G : CASE_GQA) {
-            const Config c = attention_config(2, G, d);
+            const Config c = attention_config(2, G, d, 1 + G % 3);
             Sequences s(c, {1, 63, 64, 65, d > 128 ? 66 : 130}, {}, d * 100 + G);
             std::vector<std::vector<float>> ref = s.y;
             std::vector<int> done(s.lengths.size(), 0);
@@ -111,7 +111,7 @@ TEST_CASE("attention over codes against rows rebuilt in f64: formats, G, lengths
         for (int G : CASE_GQA)
             for (int d : {24, 64, 80, 96, 128}) {
                 if (d > 24 && G != 3 && (G != 4 || d == 80 || d == 96)) continue;    // the reference rebuilds every row for every query: it takes its time
-                Sequences s(attention_config(1, G, d), {1, 63, 64, 65, 129}, o, d + G);
+                Sequences s(attention_config(1, G, d, 1 + G % 3), {1, 63, 64, 65, 129}, o, d + G);    // turns 0, 16, 21
                 std::vector<std::vector<float>> ref = s.y;
                 std::vector<int> done(s.lengths.size(), 0);
                 while (s.step(done, 100, &ref)) {}
@@ -178,7 +178,7 @@ TEST_CASE("attention: prefill of any step size, decode, batch neighbours and thr
     for (KvOptions o : CACHES) {
         const bool integers = o.k_format != KvFormat::f16 && o.v_format != KvFormat::f16;
         if (d > 24 && (!integers || (d > 64 && o.sink == 0))) continue;    // what the integer kernels take
-        const Config c = attention_config(d == 24 ? 2 : 1, 3, d);
+        const Config c = attention_config(d == 24 ? 2 : 1, 3, d, d == 64 ? 1 : 4);
         const std::vector<int> lengths = d == 24 ? std::vector<int>{1089, 5, 200, 64, 129} : std::vector<int>{200, 5};
         Sequences want(c, lengths, o);
         want.run(512);
@@ -201,19 +201,28 @@ TEST_CASE("attention: prefill of any step size, decode, batch neighbours and thr
     }
 }
 
-TEST_CASE("coded_end: a block is codes when 8 more tokens are behind, sinks never, recents later still") {
+TEST_CASE("coded_end: layers read a block as codes from the token on that follows their turn, sinks never, recents later still") {
     KvView v{};
-    for (int p = 0; p < 300; p++) CHECK(v.coded_end(p) == (p < 8 ? 0 : (p - 8) / 64));
-    CHECK(v.coded_end(-1) == 0);
-    CHECK((v.coded_end(71) == 0 && v.coded_end(72) == 1));
+    v.L = 4;    // turns 0, 8, 16, 24
+    for (int l = 0; l < 4; l++) {
+        CHECK(v.turn(l) == 8 * l);
+        for (int p = 0; p < 300; p++) CHECK(v.coded_end(p, l) == (p <= 8 * l ? 0 : (p - 1 - 8 * l) / 64));
+        CHECK(v.coded_end(-1, l) == 0);
+        CHECK((v.coded_end(64 + 8 * l, l) == 0 && v.coded_end(65 + 8 * l, l) == 1));
+    }
     v.sink = 1, v.recent = 2;
-    CHECK(v.coded_end(0) == 1);
-    CHECK(v.coded_end(64 * 4 + 7) == 1);
-    CHECK(v.coded_end(64 * 4 + 8) == 2);
+    CHECK(v.coded_end(0, 1) == 1);
+    CHECK(v.coded_end(64 * 4 + 8, 1) == 1);
+    CHECK(v.coded_end(64 * 4 + 9, 1) == 2);
+    v.L = 32;
+    CHECK((v.turn(0) == 0 && v.turn(31) == 31));
+    v.L = 80;
+    CHECK((v.turn(0) == 0 && v.turn(2) == 0 && v.turn(3) == 1 && v.turn(79) == 31));
+    CHECK((v.layer_in_turn(128, 2) == 2 && v.layer_in_turn(128, 3) == 80 && v.layer_in_turn(129, 0) == 3 && v.layer_in_turn(160, 0) == 80));
 }
 
 TEST_CASE("sealing: every layer in its turn, before a row reads the codes and while the rows are in the ring") {
-    for (int layers : {1, 3, 8, 20})
+    for (int layers : {1, 3, 8, 32, 45})
         for (int sink : {0, 1})
             for (int recent : {0, 2}) {
                 KvView v{};
@@ -226,27 +235,30 @@ TEST_CASE("sealing: every layer in its turn, before a row reads the codes and wh
                         auto row = [&](int t) { return (v.exact_at(l, 1, 2, t) - v.exact_at(l, 1, 2, 0)) / v.d; };
                         const int begin = v.sealed_end(pos - 1, l), end = v.sealed_end(pos, l);
                         CHECK(begin == sealed[l]);
-                        CHECK(end >= v.coded_end(pos));
+                        const int coded = v.coded_end(pos, l), stretch = v.stretch(pos, l), before = v.stretch(std::max(0, pos - 1), l);
+                        CHECK(coded == begin);    // of earlier steps
                         bool there = true, together = true;
                         for (int t = begin * 64; t < end * 64; t++) there = there && ring[l][row(t)] == t;
-                        for (int t = v.coded_end(pos) * 64; t < pos; t++) there = there && ring[l][row(t)] == t;    // attention reads them
+                        for (int t = coded * 64; t < pos; t++) there = there && ring[l][row(t)] == t;    // attention reads them
                         for (int t = 0; t < std::min(pos, sink * 64); t++) there = there && ring[l][row(t)] == t;
                         for (int t = pos / 8 * 8; t < pos; t++) together = together && row(t) == row(pos / 8 * 8) + t % 8;
                         CHECK(there);
                         CHECK(together);
+                        CHECK((v.stretch_begin(stretch, l) <= pos && pos < v.stretch_begin(stretch + 1, l)));
+                        CHECK((stretch == before || coded > v.coded_end(pos - 1, l) || pos <= 64 * (sink + recent) + 32));
+                        CHECK((stretch > before || pos == 0 || coded == v.coded_end(pos - 1, l)));
                         ring[l][row(pos)] = pos;
                         at_once += end - begin, sealed[l] = end;
                     }
                     int in_turn = 0;    // what one launch for all layers finds (kernels/kv_seal.cu): a block of each
-                    for (int i = 0; i < (layers + 7) / 8; i++) {
+                    for (int i = 0; i < (layers + 31) / 32; i++) {
                         const int l = v.layer_in_turn(pos, i);
                         if (l < layers) in_turn += v.sealed_end(pos, l) > v.sealed_end(pos - 1, l);
                     }
                     CHECK(in_turn == at_once);
-                    CHECK(at_once <= (layers + 7) / 8);
+                    CHECK(at_once <= (layers + 31) / 32);
                     CHECK((v.most_seals(pos, pos) > 0) == (at_once > 0));
-                    CHECK((v.stretch(pos) == v.stretch(pos + 1) || v.coded_end(pos + 1) > v.coded_end(pos) || pos < 64 * (1 + sink + recent) + 8));
-                    CHECK((v.stretch(pos) != v.stretch(pos + 1) || v.coded_end(pos + 1) == v.coded_end(pos)));
+                    CHECK(v.most_seals(std::max(0, pos - 5), pos) >= v.most_seals(pos, pos));
                 }
             }
 }

@@ -66,7 +66,7 @@ TEST_CASE("cuda: attention against the f64 reference: every head shape, prefill 
     for (int d : CASE_HEAD_DIMS)
         for (int G : CASE_GQA) {
             if (!taken()) continue;
-            BothCaches s(*gpu, attention_config(2, G, d), {1, 63, 64, 65, 73, 127, 128, 129, 140, 1000}, {}, d * 100 + G);
+            BothCaches s(*gpu, attention_config(2, G, d, 1 + G % 3), {1, 63, 64, 65, 73, 127, 128, 129, 140, 1000}, {}, d * 100 + G);
             std::vector<float> want;
             INFO("d ", d, " G ", G);
             s.step(s.ends(12), nullptr);
@@ -91,7 +91,7 @@ TEST_CASE("cuda: attention over every pair of formats, the CPU's codes") {
                 o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                 if (k == v) o.sink = 64, o.recent = 64;
                 o.exact_prefill = k > v;
-                BothCaches s(*gpu, attention_config(1, 3, d), {1, 64, 129, 330}, o, d + k);
+                BothCaches s(*gpu, attention_config(1, 3, d, 1 + v % 2), {1, 64, 129, 330}, o, d + k);
                 std::vector<float> want;
                 INFO("d ", d, " K ", kv_format_name(o.k_format), " V ", kv_format_name(o.v_format));
                 s.step(s.ends(5), nullptr);
@@ -156,7 +156,7 @@ TEST_CASE("cuda: attention: prefill of any step size, decode and batch neighbour
             KvOptions o;
             o.k_format = o.v_format = f;
             if (d == 24) o.sink = 64, o.recent = 128;
-            const Config c = attention_config(2, 3, d);
+            const Config c = attention_config(2, 3, d, 3);
             const std::vector<int> lengths = {length(1089), 5, length(200), 64, length(129)};
             auto run = [&](const std::vector<int> &which, int rows) {    // results by sequence
                 std::vector<int> of;

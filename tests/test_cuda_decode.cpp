@@ -1,4 +1,5 @@
 // test_cuda_decode.cpp - decode attention on the GPU (attention_decode.cu) against the f64 reference, on the CPU's codes.
+#include <algorithm>
 #include "cuda_case.h"
 
 #if WITH_CUDA
@@ -38,7 +39,8 @@ TEST_CASE("cuda decode: every format, head shape and length against the f64 refe
                         KvOptions o;
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = blocks * KV_BLOCK, o.recent = 2 * blocks * KV_BLOCK;
-                        BothCaches s(*gpu, attention_config(G == 1 ? 3 : 1, G, d), {1, 63, 65, 73, 127, 129, 137, G == 4 && k == v ? 1000 : 330}, o, d + k + G);
+                        BothCaches s(*gpu, attention_config(G == 1 ? 3 : 1, G, d, 1 + G % 3), {1, 63, 65, 66, 82, 87, 127, 128, 129, 137, G == 4 && k == v ? 1000 : 330}, o,
+                                     d + k + G);    // turns 0, 16, 21
                         std::vector<float> want;
                         s.step(s.ends(2), nullptr);
                         n_served = 0;
@@ -69,7 +71,7 @@ TEST_CASE("cuda decode: teams of every size, and thread blocks with several part
             const int longest = rows == 8 ? 1100 : rows < 50 ? 400 : 170, d = rows == 9 || G == 2 ? 64 : 128;
             std::vector<int> lengths;
             for (int i = 0; i < rows; i++) lengths.push_back(i < rows / 2 ? 2 + i * 7 % longest : longest - i);
-            BothCaches s(*gpu, attention_config(heads, G, d), lengths, o, rows + G);
+            BothCaches s(*gpu, attention_config(heads, G, d, 1 + G % 2), lengths, o, rows + G);
             std::vector<float> want;
             s.step(s.ends(1), nullptr);
             n_served = 0;
@@ -116,51 +118,62 @@ TEST_CASE("cuda decode: attend is rope, kv_write, attention and kv_keep") {
         for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b, KvFormat::nsn1}) {
             KvOptions o;
             o.k_format = o.v_format = f, o.sink = KV_BLOCK;
-            const Config c = attention_config(2, 4, d);
-            const std::vector<int> lengths = {1, 64, 65, 129, 200, 320};    // 64 and 128 tokens behind a row: it seals a block
+            const Config c = attention_config(2, 4, d, 40);
+            const std::vector<int> layers = {0, 1, 4, 19, 39};    // turns 0, 0, 3, 15, 31
+            const std::vector<int> lengths = {1, 64, 65, 129, 132, 144, 160, 224, 320};    // 64 i + 0, 0, 3, 15, 31, 31 tokens behind a row: some layer seals
             const int longest = 320, n = 2 * d, nq = 8 * d;
             KvCache apart, together;
             for (KvCache *cache : {&apart, &together}) kv_cache_open(*cache, *gpu, c, o, (int)lengths.size(), longest);
-            auto sealed = [&](const KvCache &cache) {
-                std::vector<uint8_t> bytes((size_t)cache.view.n_blocks * 2 * cache.view.k_block_bytes);
-                gpu->download(bytes.data(), cache.view.k_sealed, bytes.size());
-                return bytes;
-            };
-            auto ring = [&](const KvCache &cache) {
-                std::vector<uint16_t> x((size_t)lengths.size() * 2 * cache.view.n_exact() * d);
-                gpu->download(x.data(), cache.view.v_exact, x.size() * 2);
+            const KvView &view = apart.view;
+            const size_t sealed_bytes = (size_t)view.n_blocks * 2 * view.k_block_bytes, ring_bytes = lengths.size() * 2 * view.n_exact() * d * sizeof(f16);
+            auto bytes_of = [&](const uint8_t *from, size_t bytes, int layer) {
+                std::vector<uint8_t> x(bytes);
+                gpu->download(x.data(), from + layer * bytes, bytes);
                 return x;
             };
-            const KvView &view = apart.view;
-            const std::vector<uint8_t> zero((size_t)view.n_blocks * 2 * view.k_block_bytes), no_rows(lengths.size() * 2 * view.n_exact() * d * 2);
+            const std::vector<uint8_t> zero(c.n_layers * std::max(sealed_bytes, ring_bytes));
             for (KvCache *cache : {&apart, &together}) {
-                gpu->upload(cache->view.k_sealed, zero.data(), zero.size());
-                gpu->upload(cache->view.v_exact, no_rows.data(), no_rows.size());
+                gpu->upload(cache->view.k_sealed, zero.data(), c.n_layers * sealed_bytes);
+                gpu->upload(cache->view.v_exact, zero.data(), c.n_layers * ring_bytes);
             }
-            auto step = [&](bool last) {    // prefill of all but the last two rows, then one row at a time
+            auto step = [&](bool last) {    // prefill of all but the last row, then that one
                 Rows rows;
                 for (size_t s = 0; s < lengths.size(); s++) {
                     kv_cache_reserve(apart, (int)s, lengths[s]), kv_cache_reserve(together, (int)s, lengths[s]);
                     for (int p = last ? lengths[s] - 1 : 0; p < (last ? lengths[s] : lengths[s] - 1); p++) rows.add(0, (int)s, p, false);
                 }
                 const int N = (int)rows.token.size();
-                const OnDevice<float> q(*gpu, random_floats((size_t)N * nq, 1 + last, 2.0f)), k(*gpu, random_floats((size_t)N * n, 3 + last)),
-                    v(*gpu, random_floats((size_t)N * n, 5 + last));
-                const OnDevice<float> turned(*gpu, q.host()), y(*gpu, q.n), y2(*gpu, q.n);
-                const OnDevice<f16> k16(*gpu, k.n), v16(*gpu, k.n);
                 const StepOn on(*gpu, rows, 8, d, nq);
-                CHECK(gpu->attend(y2.p, q.p, k.p, v.p, k16.p, v16.p, together.view, 0, on.b, 8) == last);
-                gpu->rope(turned.p, on.b, apart.view.rope, 8, d);
-                for (KvCache *cache : {&apart, &together}) {
-                    if (last && cache == &together) continue;
-                    gpu->kv_write(cache->view, 0, k16.p, v16.p, k.p, v.p, on.b);
-                    gpu->attention(y.p, turned.p, cache->view, 0, k16.p, v16.p, on.b, 8);
-                    gpu->kv_keep(cache->view, 0, k16.p, v16.p, on.b);
+                for (int layer : layers) {
+                    const int seed = 10 * layer + last;
+                    const OnDevice<float> q(*gpu, random_floats((size_t)N * nq, seed + 1, 2.0f)), k(*gpu, random_floats((size_t)N * n, seed + 3)),
+                        v(*gpu, random_floats((size_t)N * n, seed + 5));
+                    const OnDevice<float> turned(*gpu, q.host()), y(*gpu, q.n), y2(*gpu, q.n);
+                    const OnDevice<f16> k16(*gpu, k.n), v16(*gpu, k.n);
+                    CHECK(gpu->attend(y2.p, q.p, k.p, v.p, k16.p, v16.p, together.view, layer, on.b, 8) == last);
+                    gpu->rope(turned.p, on.b, view.rope, 8, d);
+                    for (KvCache *cache : {&apart, &together}) {
+                        if (last && cache == &together) continue;
+                        gpu->kv_write(cache->view, layer, k16.p, v16.p, k.p, v.p, on.b);
+                        gpu->attention(y.p, turned.p, cache->view, layer, k16.p, v16.p, on.b, 8);
+                        gpu->kv_keep(cache->view, layer, k16.p, v16.p, on.b);
+                    }
+                    if (last) CHECK(relative_l2(y2.host(), y.host()) < 1e-5);    // a last bit of RoPE; queries are rounded to 2^-16
                 }
-                if (last) CHECK(relative_l2(y2.host(), y.host()) < 1e-5);    // a last bit of RoPE; queries are rounded to 2^-16
             };
-            step(false), step(true);
-            CHECK(sealed(apart) == sealed(together));
-            CHECK(ring(apart) == ring(together));
+            auto written = [&](int layer) {
+                const std::vector<uint8_t> x = bytes_of(view.k_sealed, sealed_bytes, layer);
+                return (int64_t)x.size() - std::count(x.begin(), x.end(), 0);
+            };
+            step(false);
+            std::vector<int64_t> earlier;
+            for (int layer : layers) earlier.push_back(written(layer));
+            step(true);
+            for (size_t i = 0; i < layers.size(); i++) {
+                INFO(std::string(kv_format_name(f)), " d ", d, " layer ", layers[i]);
+                CHECK(written(layers[i]) > earlier[i]);    // each has sealed something in its turn
+                CHECK(bytes_of(view.k_sealed, sealed_bytes, layers[i]) == bytes_of(together.view.k_sealed, sealed_bytes, layers[i]));
+                CHECK(bytes_of((const uint8_t *)view.v_exact, ring_bytes, layers[i]) == bytes_of((const uint8_t *)together.view.v_exact, ring_bytes, layers[i]));
+            }
         }
 }

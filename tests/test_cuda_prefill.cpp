@@ -15,7 +15,7 @@ namespace {
 // Rows from .. until-1 of a sequence.
 struct Span { int from, until; };
 
-// Random sequences whose earlier rows are in the cache; a step brings the rows of a span each.
+// Random sequences whose earlier rows are in the cache of the last layer; a step brings the rows of a span each.
 struct Sequences {
     Config c;
     KvCache on_cpu, on_gpu;
@@ -32,6 +32,7 @@ struct Sequences {
         kv_cache_open(on_cpu, cpu_ops, c, o, (int)lengths.size(), *std::max_element(lengths.begin(), lengths.end()));
         kv_cache_open(on_gpu, gpu, c, o, (int)lengths.size(), on_cpu.context);
     }
+    int layer() const { return c.n_layers - 1; }
     static Rows rows_of(const std::vector<Span> &spans) {
         Rows rows;
         for (size_t s = 0; s < spans.size(); s++)
@@ -52,13 +53,13 @@ struct Sequences {
             if (spans[s].until > spans[s].from) kv_cache_reserve(on_cpu, (int)s, spans[s].until), kv_cache_reserve(on_gpu, (int)s, spans[s].until);
         k16.resize(ks.size()), v16.resize(vs.size());
         const Rows rows = rows_of(spans);
-        cpu::kv_write(on_cpu.view, 0, k16.data(), v16.data(), ks.data(), vs.data(), rows.batch());
+        cpu::kv_write(on_cpu.view, layer(), k16.data(), v16.data(), ks.data(), vs.data(), rows.batch());
     }
     void feed(const std::vector<Span> &spans) {
         std::vector<f16> k16, v16;
         write(spans, k16, v16);
         const Rows rows = rows_of(spans);
-        cpu::kv_keep(on_cpu.view, 0, k16.data(), v16.data(), rows.batch());
+        cpu::kv_keep(on_cpu.view, layer(), k16.data(), v16.data(), rows.batch());
     }
     // The GPU's attention over the CPU's cache; by ops.attention, or the prefill kernels alone.
     std::vector<float> attend(const Ops &gpu, const std::vector<Span> &spans, const std::vector<f16> &k16, const std::vector<f16> &v16,
@@ -75,9 +76,9 @@ struct Sequences {
         const std::vector<float> qs = gather(q, spans, nq);
         const OnDevice<float> x(gpu, qs), y(gpu, std::vector<float>(qs.size(), NAN));
         const OnDevice<f16> kd(gpu, k16), vd(gpu, v16);
-        if (!served) gpu.attention(y.p, x.p, g, 0, kd.p, vd.p, b, Hq);
+        if (!served) gpu.attention(y.p, x.p, g, layer(), kd.p, vd.p, b, Hq);
 #if WITH_CUDA
-        else *served = cuda::attention_prefill(y.p, x.p, g, 0, kd.p, vd.p, b, Hq);
+        else *served = cuda::attention_prefill(y.p, x.p, g, layer(), kd.p, vd.p, b, Hq);
 #endif
         return y.host();
     }
@@ -110,7 +111,7 @@ struct Sequences {
             for (int h = 0; h < Hkv; h++) {
                 const int p0 = spans[s].from, T = spans[s].until;
                 if (p0 == T) continue;
-                const int first_end = kv.coded_end(p0), last_end = kv.coded_end(kv.exact_prefill ? p0 : T - 1);
+                const int first_end = kv.coded_end(p0, layer()), last_end = kv.coded_end(kv.exact_prefill ? p0 : T - 1, layer());
                 std::vector<double> rows[2][2];    // [coded][key]  (T, d); NaN where no row of the step looks
                 for (bool coded : {false, true})
                     for (bool key : {false, true}) {
@@ -120,12 +121,12 @@ struct Sequences {
                             const int i = t / KV_BLOCK;
                             if (coded ? i < kv.sink || i >= last_end : i >= kv.sink && i < first_end) continue;
                             std::vector<f16> one((size_t)KV_BLOCK * d);
-                            const f16 *ring = (key ? kv.k_exact : kv.v_exact) + kv.exact_at(0, s, h, t);
+                            const f16 *ring = (key ? kv.k_exact : kv.v_exact) + kv.exact_at(layer(), s, h, t);
                             const f16 *from = t < p0 ? ring : (key ? k16 : v16).data() + ((row0 + t - p0) * Hkv + h) * d;
                             if (!coded) memcpy(&one[t % KV_BLOCK * d], from, d * sizeof(f16));
-                            const uint8_t *block = !coded ? (const uint8_t *)one.data() : key ? kv.k_block(0, s, h, i) : kv.v_block(0, s, h, i);
+                            const uint8_t *block = !coded ? (const uint8_t *)one.data() : key ? kv.k_block(layer(), s, h, i) : kv.v_block(layer(), s, h, i);
                             const KvFormat format = !coded ? KvFormat::f16 : key ? kv.k_format : kv.v_format;
-                            const int8_t *beside = coded ? kv.beside(key, 0, s, h, i) : nullptr;
+                            const int8_t *beside = coded ? kv.beside(key, layer(), s, h, i) : nullptr;
                             if (d == 64) rebuild<64>(&x[t * d], format, block, beside, kv.rope, t, key);
                             else rebuild<128>(&x[t * d], format, block, beside, kv.rope, t, key);
                         }
@@ -134,7 +135,7 @@ struct Sequences {
                 for (int pos = p0; pos < T; pos++)
                     for (int g = 0; g < G; g++) {
                         const size_t at = ((row0 + pos - p0) * Hq + h * G + g) * d;
-                        const int end = kv.coded_end(kv.exact_prefill ? p0 : pos);
+                        const int end = kv.coded_end(kv.exact_prefill ? p0 : pos, layer());
                         auto row = [&](int t, bool key) { return &rows[t / KV_BLOCK >= kv.sink && t / KV_BLOCK < end][key][(size_t)t * d]; };
                         double sum = 0, max = -INFINITY;
                         for (int t = 0; t <= pos; t++) {
@@ -179,7 +180,7 @@ TEST_CASE("cuda prefill: the f64 of this page is the reference's") {
         for (bool exact : {false, true}) {
             KvOptions o;
             o.k_format = o.v_format = f, o.sink = o.recent = 64, o.exact_prefill = exact;
-            Sequences s(cpu_ops, attention_config(1, 2, 64), {270, 140}, o);
+            Sequences s(cpu_ops, attention_config(1, 2, 64, 3), {270, 140}, o);
             s.feed({{0, 230}, {0, 30}});
             const std::vector<Span> spans = {{230, 270}, {30, 140}};
             std::vector<f16> k16, v16;
@@ -187,7 +188,7 @@ TEST_CASE("cuda prefill: the f64 of this page is the reference's") {
             const std::vector<float> q = s.gather(s.q, spans, 2 * 64), want = s.want(spans, k16, v16);
             std::vector<float> y(q.size());
             const Rows rows = s.rows_of(spans);
-            reference::attention(y.data(), q.data(), s.on_cpu.view, 0, k16.data(), v16.data(), rows.batch(), 2);
+            reference::attention(y.data(), q.data(), s.on_cpu.view, s.layer(), k16.data(), v16.data(), rows.batch(), 2);
             CHECK(relative_l2(y, want) < 1e-6);
         }
 }
@@ -199,13 +200,13 @@ TEST_CASE("cuda prefill: steps of any size at any position, every number of head
     int n = 0;
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn2b})
         for (int d : {64, 128})
-            for (int from : {0, 1, 63, 64, 65, 72, 200, 1000})
+            for (int from : {0, 1, 63, 64, 65, 80, 200, 1000})
                 for (int rows : {9, 64, 65, 300}) {
                     const int G = CASE_GQA[n++ % 7], Hkv = G > 4 ? 1 : 2;
                     if (!taken()) continue;
                     KvOptions o;
                     o.k_format = o.v_format = f;
-                    Sequences s(*gpu, attention_config(Hkv, G, d), {from + rows}, o);
+                    Sequences s(*gpu, attention_config(Hkv, G, d, 1 + n % 3), {from + rows}, o);    // turns 0, 16, 21
                     INFO(std::string(kv_format_name(f)), " d ", d, " from ", from, " rows ", rows, " G ", G);
                     s.feed({{0, from}});
                     worst = std::max(worst, check_step(*gpu, s, {{from, from + rows}}));
@@ -226,7 +227,7 @@ TEST_CASE("cuda prefill: every pair of formats, sinks, recents, exact prefill, s
                         KvOptions o;
                         o.k_format = (KvFormat)k, o.v_format = (KvFormat)v;
                         o.sink = kept * 64, o.recent = kept % 2 * 128, o.exact_prefill = exact;
-                        Sequences s(*gpu, attention_config(2, 2 + kept, d), {420, 64, 200, 9}, o);
+                        Sequences s(*gpu, attention_config(2, 2 + kept, d, 1 + v % 2), {420, 64, 200, 9}, o);
                         INFO("K ", std::string(kv_format_name(o.k_format)), " V ", std::string(kv_format_name(o.v_format)),
                              " d ", d, " kept ", kept, " exact ", exact);
                         s.feed({{0, 290}, {0, 1}, {0, 199}, {0, 0}});
@@ -245,7 +246,7 @@ TEST_CASE("cuda prefill: a row's bits do not depend on the step, the window, or 
             o.k_format = o.v_format = f;
             const int n = 3 * d;    // numbers of a row of y
             auto run = [&](int slots, int rows) {    // y of slot 0, rows at a time; the other slots, of the same length, fill the window
-                Sequences s(*gpu, attention_config(1, 3, d), std::vector<int>(slots, 260), o);
+                Sequences s(*gpu, attention_config(1, 3, d, 2), std::vector<int>(slots, 260), o);
                 std::vector<float> y;
                 for (int p = 0; p < 260; p += rows) {
                     const std::vector<Span> spans(slots, Span{p, std::min(260, p + rows)});
@@ -256,7 +257,7 @@ TEST_CASE("cuda prefill: a row's bits do not depend on the step, the window, or 
                     CHECK(served);
                     y.insert(y.end(), all.begin(), all.begin() + (spans[0].until - p) * n);
                     const Rows of = s.rows_of(spans);
-                    cpu::kv_keep(s.on_cpu.view, 0, k16.data(), v16.data(), of.batch());
+                    cpu::kv_keep(s.on_cpu.view, s.layer(), k16.data(), v16.data(), of.batch());
                 }
                 return y;
             };

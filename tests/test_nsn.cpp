@@ -213,7 +213,7 @@ TEST_CASE("codes are the cache: everything else poisoned, one bit flipped, bytes
         kv_cache_open(cache, cpu_ops, c, o, 1, T + 1);
         const KvView &v = cache.view;
         const int64_t blocks = 5 - 1, block = kv_block_stride(format, c.head_dim);    // 301 tokens touch five blocks, one stays open
-        CHECK(cache.bytes == 2 * heads * (blocks * block + (KV_BLOCK + 8) * d * 2)    // codes; fp16: one open block, and until all layers have sealed it
+        CHECK(cache.bytes == 2 * heads * (blocks * block + (KV_BLOCK + 32) * d * 2)    // codes; fp16: one open block, and until all layers have sealed it
                                  + 5 * 4 + 5 * c.head_dim * 4 + 2 * KV_BLOCK * c.head_dim * 4 + 2 * KV_CODEBOOK_BYTES);    // block table, RoPE, codebooks
         Activations a;
         activations_open(a, cpu_ops, c, T, 1);

@@ -249,12 +249,12 @@ TEST_CASE("needles: inside sealed blocks, asked for at the end, the same for the
     for (const int sink : {0, 1})
         for (const int recent : {0, 2}) {
             KvView kv{};
-            kv.sink = sink, kv.recent = recent;
+            kv.L = 12, kv.sink = sink, kv.recent = recent;
             const std::vector<NeedleTrial> trials = make_trials(books(), text, 1, kv, 450, 40, 5);
             for (const NeedleTrial &t : trials) {
                 REQUIRE((t.ids.size() == 450 && t.without.size() == 450));
                 const int needle = t.end - t.begin, asked = 450 - (needle - 1);    // the question and the key again, without the stop
-                CHECK((t.begin >= std::max(1, sink * KV_BLOCK) && t.end <= kv.coded_end(asked) * KV_BLOCK));
+                CHECK((t.begin >= std::max(1, sink * KV_BLOCK) && t.end <= kv.coded_end(asked, 11) * KV_BLOCK));
                 CHECK(std::equal(t.ids.begin() + t.begin, t.ids.begin() + t.end - 1, t.ids.begin() + asked));
                 CHECK(std::equal(t.ids.begin() + asked, t.ids.end(), t.without.begin() + asked));
                 CHECK(std::equal(t.ids.begin(), t.ids.begin() + t.begin, t.without.begin()));
@@ -265,5 +265,7 @@ TEST_CASE("needles: inside sealed blocks, asked for at the end, the same for the
             CHECK((again[39].ids == trials[39].ids && other[39].ids != trials[39].ids));
         }
     for (const int id : needle_words(tokenizer)) CHECK(tokenizer_encode(tokenizer, tokenizer.pieces[id].substr(1), false) == std::vector<int>{id});
-    CHECK_THROWS_AS(make_trials(books(), text, 1, KvView{}, 70, 1, 0), Error);
+    KvView short_of_blocks{};
+    short_of_blocks.L = 12;
+    CHECK_THROWS_AS(make_trials(books(), text, 1, short_of_blocks, 70, 1, 0), Error);
 }
