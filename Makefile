@@ -52,7 +52,7 @@ $(BUILD)/tool-%: $(BUILD)/tools/%.cpp.o $(call obj,$(TOOL_LIB) $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/bench_attention: $(call obj,tests/bench_attention.cpp $(LIB))
 	$(LINK) $^ $(LIBS) -o $@
-$(BUILD)/bench_decode: $(BUILD)/tests/bench_decode.cu.cuda.o $(call obj,$(LIB))
+$(BUILD)/bench_decode $(BUILD)/bench_products: $(BUILD)/bench_%: $(BUILD)/tests/bench_%.cu.cuda.o $(call obj,$(LIB))
 	$(LINK) $^ $(LIBS) -o $@
 $(BUILD)/%.cpp.o: %.cpp | headers
 	@mkdir -p $(@D)
@@ -89,13 +89,14 @@ BENCHES := "--shape llama-3-8b -d 0,4096,32768,131072 --kv f16,nsn4b,nsn2b,nsn1"
     "--shape llama-2-7b -d 4096 -b max --kv f16,nsn2b,nsn1"
 ANCHORS ?= ../shared/bench/decode_attention_anchors.py
 # What fails is counted, and the rest goes on.
-bench: all $(BUILD)/bench_attention $(if $(filter 1,$(CUDA)),$(BUILD)/bench_decode)
+bench: all $(BUILD)/bench_attention $(if $(filter 1,$(CUDA)),$(BUILD)/bench_decode $(BUILD)/bench_products)
 	@rm -f build/bench.jsonl; failed=0; gpu=0; \
 	measure() { echo "$$*" >&2; "$$@" >>build/bench.jsonl || failed=1; }; \
 	if [ $(CUDA) = 1 ] && nvidia-smi >/dev/null 2>&1; then gpu=1; else echo "SKIPPED: no GPU, so no bench of it" >&2; fi; \
 	measure ./run tests/models/books-5m.bin --bench --json -d 0,768; \
 	if [ $$gpu = 1 ]; then \
 	    for what in $(BENCHES); do measure ./run --bench --json -d cuda $$what; done; \
+	    measure $(BUILD)/bench_products --json; \
 	    measure $(BUILD)/bench_decode --json; \
 	    if [ -f $(ANCHORS) ] && python3 -c "import torch" 2>/dev/null; then OUT=build python3 $(ANCHORS) || failed=1; \
 	    else echo "SKIPPED: fp16 attention of PyTorch for comparison ($(ANCHORS) and torch)"; fi; \

@@ -4,16 +4,15 @@
 //   build/bench_decode [--json] [format [shape]]        --json: one object, a line for build/plot table
 //
 // us a call: median of 9 replays of a CUDA graph of back-to-back calls, one a layer; the layers hold more than 200 MB, so codes
-// come from memory and not from L2.  The row sees T tokens in full blocks, 8 that
-// are exact, and itself; `us open` is with the 48 that a layer has in the mean, whose fp16 rows are as many bytes as 5.5 blocks of nsn2b.  GB/s counts
-// the bytes of full blocks; the share is of what read_gb_s measures here.
+// come from memory and not from L2.  The row sees T tokens in full blocks, 8 that are exact, and itself; `us open` is with the 48 that a
+// layer has in the mean, whose fp16 rows are as many bytes as 5.5 blocks of nsn2b.  GB/s counts the bytes of full blocks; the share is
+// of what read_gb_s measures here.
 #ifdef __CUDACC__
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include "bench_cuda.cuh"
 #include "cases.h"
-#include "cuda.cuh"
 
 struct Shape { int Hq, Hkv, d, B, T; };
 constexpr Shape SHAPES[] = {{32, 32, 128, 1, 4096}, {32, 32, 128, 1, 32768}, {32, 32, 128, 32, 4096}, {32, 8, 128, 1, 8192}, {32, 8, 128, 1, 131072},
@@ -22,34 +21,6 @@ constexpr Shape SHAPES[] = {{32, 32, 128, 1, 4096}, {32, 32, 128, 1, 32768}, {32
 // n bytes on the device: those of `some`, again and again.
 static void fill_with(const Ops &gpu, void *to, int64_t n, const std::vector<uint8_t> &some) {
     for (int64_t i = 0; i < n; i += (int64_t)some.size()) gpu.upload((uint8_t *)to + i, some.data(), std::min<int64_t>(n - i, some.size()));
-}
-
-// Median of 9 replays of a graph of so many calls, us a call.
-template <class Call> static double median_us(int calls, Call call) {
-    call(0);    // loads the kernels
-    CUDA_CHECK(cudaStreamSynchronize(cuda::stream));
-    cudaGraph_t graph;
-    cudaGraphExec_t run;
-    CUDA_CHECK(cudaStreamBeginCapture(cuda::stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < calls; i++) call(i);
-    CUDA_CHECK(cudaStreamEndCapture(cuda::stream, &graph));
-    CUDA_CHECK(cudaGraphInstantiate(&run, graph, 0));
-    cudaEvent_t start, stop;
-    CUDA_CHECK(cudaEventCreate(&start));
-    CUDA_CHECK(cudaEventCreate(&stop));
-    std::vector<double> us;
-    for (int i = 0; i < 10; i++) {
-        CUDA_CHECK(cudaEventRecord(start, cuda::stream));
-        CUDA_CHECK(cudaGraphLaunch(run, cuda::stream));
-        CUDA_CHECK(cudaEventRecord(stop, cuda::stream));
-        CUDA_CHECK(cudaEventSynchronize(stop));
-        float ms;
-        CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
-        if (i > 0) us.push_back(ms * 1e3 / calls);
-    }
-    std::sort(us.begin(), us.end());
-    cudaGraphExecDestroy(run), cudaGraphDestroy(graph), cudaEventDestroy(start), cudaEventDestroy(stop);
-    return us[us.size() / 2];
 }
 
 constexpr int OPEN_ROWS[] = {8, 48};    // exact tokens beside the row itself
@@ -115,13 +86,7 @@ int main(int argc, char **argv) {
     std::string why_not, rows;
     const Ops *gpu = cuda_ops(&why_not);
     if (!gpu) return fprintf(json ? stderr : stdout, "SKIPPED: %s\n", why_not.c_str()), json;
-    double read;
-    {
-        const int64_t bytes = (int64_t)1 << 30;
-        void *p = gpu->alloc(bytes);
-        read = gpu->read_gb_s(p, bytes, 5);
-        gpu->release(p);
-    }
+    const double read = measured_read_gb_s(*gpu);
     if (!json) printf("read bandwidth %.0f GB/s\n%6s %4s %3s %7s %7s %9s %8s %6s %7s %9s\n", read, "heads", "d", "B", "T", "format", "us", "GB/s", "share", "x f16", "us open");
     for (const Shape &s : SHAPES) {
         double f16_us = 0;
@@ -142,6 +107,6 @@ int main(int argc, char **argv) {
             fflush(stdout);
         }
     }
-    if (json) printf("{\"device\":\"%s\",\"read_gb_s\":%.2f,\"rows\":[%s]}\n", gpu->name, read, rows.c_str());
+    if (json) printf("{\"what\":\"attention\",\"device\":\"%s\",\"read_gb_s\":%.2f,\"rows\":[%s]}\n", gpu->name, read, rows.c_str());
 }
 #endif

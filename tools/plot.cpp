@@ -13,7 +13,8 @@ static const char *USAGE =
     "       plot table [FILE...] [-o OUT.txt]        speeds as text, each beside what the read bandwidth allows\n"
     "\n"
     "  FILE holds one JSON object a line: of run --ppl TEXT --against f16 --json for frontier, of run --bench --json for\n"
-    "  depth, of this and of bench_decode --json for table; without FILE stdin is read.  Without -o the result goes to stdout.\n";
+    "  depth, of this, bench_decode --json and bench_products --json for table; without FILE stdin is read.  Without -o the\n"
+    "  result goes to stdout.\n";
 
 // ---- a plot: two axes, series of points -------------------------------------------------------------------
 struct Point {
@@ -338,18 +339,19 @@ static std::string table(const std::vector<Row> &lines) {
     std::map<std::string, std::pair<double, double>> bandwidths;    // of a device, GB/s: least and most of all lines
     for (const auto &[j, w] : lines) {
         auto text = [&, &w = w](const Json &object, const char *key) { return printable(get_string(get_field(object, key, w), key, w)); };
-        const bool model = j.contains("model");    // or attention alone
+        const bool model = j.contains("model");    // or one part of it alone
         const std::string device = text(j, "device");
         const double bandwidth = number(j, "read_gb_s", w);
         auto &[least, most] = bandwidths.insert({device, {bandwidth, bandwidth}}).first->second;
         least = std::min(least, bandwidth), most = std::max(most, bandwidth);
         for (const Json &row : get_field(j, "rows", w))
-            cells.push_back({model ? printable(base_name(get_string(get_field(j, "model", w), "model", w))) + ", " + text(j, "weights") : "attention, " + text(row, "shape"),
+            cells.push_back({model ? printable(base_name(get_string(get_field(j, "model", w), "model", w))) + ", " + text(j, "weights")
+                                   : text(j, "what") + ", " + text(row, "shape") + (row.contains("weights") ? ", " + text(row, "weights") : ""),
                              device,
-                             short_pair(text(row, "kv")),
+                             row.contains("kv") ? short_pair(text(row, "kv")) : "",
                              model ? "tok/s" : "us",
                              strf("%.0f", number(row, "b", w)),
-                             strf("%.0f", number(row, model ? "depth" : "tokens", w)),
+                             model || row.contains("tokens") ? strf("%.0f", number(row, model ? "depth" : "tokens", w)) : "",
                              strf("%.1f", number(row, model ? "decode_tok_s" : "us", w)),
                              strf("%.1f", number(row, model ? "limit_tok_s" : "limit_us", w)),
                              strf("%.1f", number(row, "gb_s", w)),
