@@ -61,7 +61,7 @@ __device__ inline void stage_nsn(float *tile, int stride, const NsnFields &b, fl
     for (int i = threadIdx.x; i < KV_BLOCK * d; i += THREADS) {
         const int t = i / d, c = i % d, C = b.channels;
         const float s = b.s1->at(t) * b.s2(t) * delta, w = s * (codebook[b.code[t * (d / C) + c / C] * C + c % C] + 0.5f);
-        tile[t * stride + c] = b.sign && b.sign[t * (d / 8) + c / 8] >> c % 8 & 1 ? -w : w;
+        tile[t * stride + c] = b.sign && is_negative(b.sign + t * (d / 8), d, c) ? -w : w;
     }
 }
 __device__ inline void stage_scalars(float *tile, int stride, const ScalarFields &b, int d) {

@@ -43,13 +43,28 @@ static const WideBook &wide_book(KvFormat format) {
     static const WideBook books[] = {make(KvFormat::nsn1, 8), make(KvFormat::nsn2, 8), make(KvFormat::nsn2b, 4), make(KvFormat::nsn4b, 2)};
     return books[(int)format - (int)KvFormat::nsn1];
 }
-// Eight channels at a time: a look-up a code, one store.
-template <int C, bool SIGN> static void codewords_of(int16_t *x, const WideBook &book, const NsnFields &f) {
+void signs_by_code(uint8_t *to, const NsnFields &f) {
+    const int words = f.d / 32, rest = f.d % 32 / 8;
+    const uint8_t *from = f.sign;
+    auto change = [&](int n) {    // words
+        for (int i = 0; i < n; i++) {
+            uint32_t x;
+            memcpy(&x, from + 4 * i, 4);
+            x = ::signs_by_code(x);
+            memcpy(to + 4 * i, &x, 4);
+        }
+        from += 4 * n, to += 4 * n;
+    };
+    if (rest == 0) return change(KV_BLOCK * words);
+    for (int t = 0; t < KV_BLOCK; t++, from += rest, to += rest) change(words), memcpy(to, from, rest);
+}
+// Eight channels at a time: a look-up a code, one store.  sign: a byte a code.
+template <int C, bool SIGN> static void codewords_of(int16_t *x, const WideBook &book, const NsnFields &f, const uint8_t *sign) {
     typedef int64_t eight __attribute__((vector_size(16), aligned(2), may_alias));
     typedef int32_t eight_by_twos __attribute__((vector_size(16), aligned(2), may_alias));
     typedef int64_t four __attribute__((aligned(2), may_alias));
     typedef int32_t two __attribute__((aligned(2), may_alias));
-    const uint8_t *code = f.code, *sign = f.sign, *const end = code + KV_BLOCK * f.d / C;
+    const uint8_t *code = f.code, *const end = code + KV_BLOCK * f.d / C;
     auto entry = [&](int i) { return book.entry + code[i] * C; };
     for (; code < end; code += 8 / C, x += 8)
         if constexpr (C == 8) {
@@ -61,10 +76,11 @@ template <int C, bool SIGN> static void codewords_of(int16_t *x, const WideBook 
 }
 void codewords(int16_t *x, int stride, KvFormat format, const NsnFields &f) {
     const WideBook &book = wide_book(format);
-    if (f.sign) codewords_of<8, true>(x, book, f);
-    else if (f.channels == 8) codewords_of<8, false>(x, book, f);
-    else if (f.channels == 4) codewords_of<4, false>(x, book, f);
-    else codewords_of<2, false>(x, book, f);
+    alignas(64) uint8_t sign[KV_BLOCK * MAX_HEAD_DIM / 8];
+    if (f.sign) signs_by_code(sign, f), codewords_of<8, true>(x, book, f, sign);
+    else if (f.channels == 8) codewords_of<8, false>(x, book, f, nullptr);
+    else if (f.channels == 4) codewords_of<4, false>(x, book, f, nullptr);
+    else codewords_of<2, false>(x, book, f, nullptr);
     for (int t = KV_BLOCK - 1; stride > f.d && t >= 0; t--) {    // rows move apart, the last one first
         if (t > 0) std::copy_backward(x + t * f.d, x + (t + 1) * f.d, x + t * stride + f.d);
         std::fill(x + t * stride + f.d, x + (t + 1) * stride, (int16_t)0);

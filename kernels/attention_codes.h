@@ -74,12 +74,14 @@ struct CodeScratch {
     std::vector<float> z, mean_score;     // (M, d), (M, KV_BLOCK)
     alignas(64) uint8_t x[2 * KV_BLOCK * MAX_HEAD_DIM];                                  // codewords of a block, arranged; portable: in 16 bits
     alignas(64) uint8_t codes[KV_BLOCK * MAX_HEAD_DIM / 2], signs[KV_BLOCK * MAX_HEAD_DIM / 2];
-    alignas(64) uint8_t other[KV_BLOCK * MAX_HEAD_DIM / 2];
+    alignas(64) uint8_t other[KV_BLOCK * MAX_HEAD_DIM / 2], row_signs[KV_BLOCK * MAX_HEAD_DIM / 8];
 };
 
 // Channels a code byte names in the formats and head dimensions that are served here, else 0.
 int code_channels(KvFormat format, int d);
 float code_delta(KvFormat format);
+// The signs of a block (kv_block.h), a byte a code: to (KV_BLOCK, f.d / 8).
+void signs_by_code(uint8_t *to, const NsnFields &f);
 // The 8-bit codewords of a block, x (KV_BLOCK, f.d), rows `stride` apart; d a multiple of 8.
 void codewords(int16_t *x, int stride, KvFormat format, const NsnFields &f);
 

@@ -136,7 +136,7 @@ template <int C, bool SIGN> static void dots_of_few(int *dots, const CodeScratch
 void code_dots(int *dots, CodeScratch &s, int M, KvFormat format, const NsnFields &f) {
     const CodePlanes &planes = planes_of(format, true);
     deal(s.codes, s.other, f.code, f.d / f.channels / 4);
-    if (f.sign) deal(s.signs, s.other, f.sign, f.d / f.channels / 4);
+    if (f.sign) signs_by_code(s.row_signs, f), deal(s.signs, s.other, s.row_signs, f.d / f.channels / 4);
     if (M <= 4) {
         if (f.sign) dots_of_few<8, true>(dots, s, planes, f.d, M);
         else if (f.channels == 8) dots_of_few<8, false>(dots, s, planes, f.d, M);
@@ -219,7 +219,7 @@ template <int Q> static void weighted(int *sums, const uint8_t *x, const uint8_t
 void code_weighted(int *sums, CodeScratch &s, const uint8_t *w, int M, KvFormat format, const NsnFields &f) {
     const int d = f.d, C = f.channels, n_codes = d / C, groups = n_codes == 8 ? 8 : 16;
     turn(s.codes, f.code, n_codes);
-    if (f.sign) turn(s.signs, f.sign, n_codes);
+    if (f.sign) signs_by_code(s.row_signs, f), turn(s.signs, s.row_signs, n_codes);
     look_up_block(s, planes_of(format, false), f, groups);
     int m = 0;
     for (; m + 4 <= M; m += 4) weighted<4>(sums + (size_t)m * d, s.x, w + m * 2 * KV_BLOCK, d, C);

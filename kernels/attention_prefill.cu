@@ -99,7 +99,7 @@ template <int D> __global__ void __launch_bounds__(UNPACK_THREADS) unpack_kernel
             for (int c = 0; c < C; c++) {
                 const int channel = lane * C + c, code = f.code[t * (D >> shift) + (channel >> shift)];
                 x[c] = scale * (codebook[(code << shift) + (channel & (f.channels - 1))] + 0.5f);
-                if (f.sign && f.sign[t * (D / 8) + channel / 8] >> channel % 8 & 1) x[c] = -x[c];
+                if (f.sign && is_negative(f.sign + t * (D / 8), D, channel)) x[c] = -x[c];
                 plain[c] = s1 * mean[channel];
             }
             hadamard_lanes(x);

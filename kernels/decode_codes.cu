@@ -7,7 +7,8 @@
                        times the 64 x d matrix E of the cosines and sines of tokens 0..63, all in f16
                values  weights p[t] s1[t] s2[t] are 16-bit integers with a power of two of the block as unit, in two bytes
    Work      A part's blocks go in turn to the warps of a team; keys and values of a block come to shared memory as soon as those
-             of the block before the last are done with.  Means of two blocks are done together, so that E is read once for both.
+             of the block before the last are done with.  Means of two blocks, for d 64 of four, are done together, so that E is read
+             once for all.
              Tokens that are exact (sinks, recents, open) are shared among the same warps, 8 at a time (attention_decode.cuh).
              Few rows: a team is a thread block.  Many: what keeps all of them busy to the end (shares_of_many), often one part a
              row and head, whose sums then never leave the SM.
@@ -18,11 +19,20 @@
    Memory    Shared, by address:
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
                      a warp: z, 2 blocks, token factors, 4 means; where z was, then weights and the second block's mean scores
-   Cost      nsn2b, d 128, ncu: 1,075 instructions and 370 wavefronts of shared memory a block, whose 4,480 bytes take 350 clocks at
-             3.07 TB/s.  32 rows, 8 kv heads, 8,192 tokens: 66 us (68 with 32 exact tokens instead of 8), bound by its own work: some
-             450 clocks a block; samples: fixed latencies 20%, shared memory 19%, issue 18%, other warps' turn 15%, dispatch 8%, pipes
-             6%, global 6%, barriers 6%.  Before: 69.8 us, with 56 instructions a block more (two permutes a word of values) and
-             the next angles asked for only behind the values.
+   Cost      ncu, d 128, 32 rows, 8 kv heads, 8,192 tokens, of a block in a multiprocessor (ncu's own run takes 11% longer than calls
+             back to back): clocks; warp instructions, share of the issue slots; wavefronts of shared memory, share of the clocks
+               nsn4b 756   1,435 48%   530 70%          nsn2b 494   1,082 55%   341 69%
+               nsn2  662   1,430 54%   363 55%          nsn1  481   1,009 53%   336 70%
+             nsn2b's wavefronts, counted: codewords 128, E 64, copies in 35, codes and fields out 40, token factors 32, z 16, mean scores
+             and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
+             registers allow, wait for fixed latencies (1.1 of 5 cycles between two instructions of a warp), shared memory (0.9), each other
+             (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
+             for its signs.  With a byte of signs a code nsn2 had 1,544 instructions (sign_place): 91.8 us for 89.4.
+             Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
+             asked for only behind the values.
+             d 64, 32 rows: four blocks' means together 42.1 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
+             tokens 11.6 for 10.6; nsn2b 67.4 for 66.4, nsn2 95.5 for 91.8 (registers); angles of a team's next block by rotation
+             instead of a load: nsn2b 67.9 for 67.1, one row of 131,072 tokens 40.0 for 39.2.
              Tried: 10 warps (99 us when 12 took 92); 16 warps of 128 registers, queries in shared memory (82 for 66.5; 24% of the
              samples wait for memory, where the spilled registers are), the same with 5 registers spilled, the end of a part a function
              of its own (74 for 67: 4,096 tokens more take 28.6 for 29.1, all else 4 longer); addresses of codewords by byte permutes
@@ -40,6 +50,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     using S = Layout<K, V, QUERIES>;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
+    constexpr int TOGETHER = S::TOGETHER;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
     // Words of a lane's channels.  Codewords of 8 channels: all sums are in registers at once, and codes come as they are needed.
     constexpr bool LATE_CODES = V::channels == 8;
@@ -73,7 +84,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         ring.load_second(a);
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
-        Floats<PAIRS> base[2][2];                                  // of the next two blocks
+        Floats<PAIRS> base[TOGETHER][2];                           // angles of the next blocks whose means are due
         if (p.count > 0) ring.load_base(a, base, 0);
 
 #pragma unroll 1
@@ -81,40 +92,52 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
             ring.wait_block();
             float mean_score[8];    // of query t, tokens 8 j + g, without s1
-            if (j % 2 == 0) {       // and those of the next block
-                Floats<PAIRS> lo[2], hi[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t mean = means + (j + i) % S::MEANS * S::MEAN;
-                    const Floats<PAIRS> x = mean_at<D, PAIRS>(mean, PAIRS * lane), y = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
-                    for (int p = 0; p < PAIRS; p++) {
-                        const float c = base[i][0].x[p], sn = base[i][1].x[p];
-                        lo[i].x[p] = x.x[p] * c - y.x[p] * sn, hi[i].x[p] = x.x[p] * sn + y.x[p] * c;
-                    }
-                }
+            if (j % TOGETHER == 0) {       // and those of the next blocks
                 const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
 #pragma unroll
-                for (int q = 0; q < QUERIES; q++) {
-                    Words<PAIRS> w[2];
+                for (int two = 0; two < TOGETHER; two += 2) {
+                    if (two > 0 && j + two >= p.count) break;
+                    Floats<PAIRS> lo[2], hi[2];
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
-                        for (int p = 0; p < PAIRS; p++)
-                            w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p],
-                                             scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
-                    store_shared(z_store + 2 * q * (D / 2) * 4, w[0]), store_shared(z_store_odd + (2 * q + 1) * (D / 2) * 4, w[1]);
+                    for (int i = 0; i < 2; i++) {
+                        const uint32_t mean = means + (j + two + i) % S::MEANS * S::MEAN;
+                        const Floats<PAIRS> x = mean_at<D, PAIRS>(mean, PAIRS * lane), y = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
+                        for (int p = 0; p < PAIRS; p++) {
+                            const float c = base[two + i][0].x[p], sn = base[two + i][1].x[p];
+                            lo[i].x[p] = x.x[p] * c - y.x[p] * sn, hi[i].x[p] = x.x[p] * sn + y.x[p] * c;
+                        }
+                    }
+#pragma unroll
+                    for (int q = 0; q < QUERIES; q++) {
+                        Words<PAIRS> w[2];
+#pragma unroll
+                        for (int i = 0; i < 2; i++)
+                            for (int p = 0; p < PAIRS; p++)
+                                w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p],
+                                                 scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
+                        const int column = (4 * two + 2 * q) * (D / 2) * 4;
+                        store_shared(z_store + column, w[0]), store_shared(z_store_odd + column + (D / 2) * 4, w[1]);
+                    }
                 }
-                if (j + 2 < p.count) ring.load_base(a, base, j + 2);
+                if (j + TOGETHER < p.count) ring.load_base(a, base, j + TOGETHER);
                 __syncwarp();
-                float c[4][4] = {};    // of this block, of the next; 8 tokens further
+                float c[TOGETHER / 2][4][4] = {};    // of blocks 2 m, 2 m + 1; 8 tokens further
                 multiply_E<S>(c, E, z_load, z_load_odd);
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++) mean_score[2 * tile] = c[tile][0], mean_score[2 * tile + 1] = c[tile][2];
-                for (int i = 0; i < 2; i++) store_shared(kept + 512 * i, words(c[2 * i][1], c[2 * i][3], c[2 * i + 1][1], c[2 * i + 1][3]));
-            } else
+                for (int tile = 0; tile < 4; tile++) mean_score[2 * tile] = c[0][tile][0], mean_score[2 * tile + 1] = c[0][tile][2];
+#pragma unroll
+                for (int b = 1; b < TOGETHER; b++)
+                    for (int i = 0; i < 2; i++) {
+                        const auto &x = c[b / 2][2 * i], &y = c[b / 2][2 * i + 1];
+                        store_shared(kept + 1024 * (b - 1) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
+                    }
+            } else {
+                const uint32_t from = kept + (TOGETHER == 2 ? 0 : 1024 * (j % TOGETHER - 1));
                 for (int i = 0; i < 2; i++) {
-                    const float4 v = load_shared<float4>(kept + 512 * i);
+                    const float4 v = load_shared<float4>(from + 512 * i);
                     mean_score[4 * i] = v.x, mean_score[4 * i + 1] = v.y, mean_score[4 * i + 2] = v.z, mean_score[4 * i + 3] = v.w;
                 }
+            }
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
@@ -177,11 +200,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             const uint32_t pairs[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
             uint32_t b[4][2];
             for (int i = 0; i < 8; i++) b[i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
-            uint32_t vc[16][VW], vs[16][VW];
+            uint32_t vc[16][VW], vs[16] = {};
             auto load_codes = [&](int i) {
                 const uint32_t at = vb + v_lane + 4 * i * (D / V::channels);
                 load_bytes<V_BYTES>(vc[i], at);
-                if constexpr (V::has_sign) load_bytes<V_BYTES>(vs[i], at + KV_BLOCK * (D / V::channels));
+                if constexpr (V::has_sign) vs[i] = signs_at<V_BYTES>(at + KV_BLOCK * (D / V::channels));
             };
             if (!LATE_CODES)
 #pragma unroll

@@ -11,8 +11,11 @@
                        the weight's byte n / 4 (hi, lo) where k is byte n % 4 of a word, else 0: channel 4 row + n % 4.
    Memory    decode_codes.cu's without token factors, with 8 means a warp.  Where z was: for each of four blocks the mean scores, a pair a
              lane, and behind them the weights of the block at work.
-   Cost      nsn2b, d 128, ncu: 800 instructions and 300 wavefronts a block of 4,480 bytes.  32 rows, 32 heads, 4,096 tokens: 111 us
-             (117 with 32 exact tokens instead of 8); memory alone would take 96.  One row: 11.9 us.
+   Cost      As there, 32 rows, 32 heads, 4,096 tokens:
+               nsn4b 684   1,134 42%   440 64%          nsn2b 394     764 49%   259 66%, memory 74%
+               nsn2  434   1,064 62%   273 63%          nsn1  332     660 50%   249 75%
+             nsn2b takes 111 us, of which memory alone would take 96: exact tokens and the ends of parts are the rest.  With a byte of signs
+             a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115.  One row, nsn2b: 11.9 us.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).
@@ -115,8 +118,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 }
                 if (j + 4 < p.count) ring.load_base(a, base, j + 4);
                 __syncwarp();
-                float c[4][4] = {};
-                multiply_E<S>(c, E, z_load, z_load_odd);
+                float sums[1][4][4] = {};
+                multiply_E<S>(sums, E, z_load, z_load_odd);
+                const auto &c = sums[0];
 #pragma unroll
                 for (int tile = 0; tile < 4; tile++)    // of blocks 2 t and 2 t + 1
                     for (int i = 0; i < 2; i++)
@@ -174,10 +178,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 uint32_t x[2][2 * TILES], b[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    uint32_t code[VW], sign[VW];
+                    uint32_t code[VW], sign = 0;
                     const uint32_t at = vb + v_lane + (8 * s + 4 * half) * (D / V::channels);
                     load_bytes<V_BYTES>(code, at);
-                    if constexpr (V::has_sign) load_bytes<V_BYTES>(sign, at + KV_BLOCK * (D / V::channels));
+                    if constexpr (V::has_sign) sign = signs_at<V_BYTES>(at + KV_BLOCK * (D / V::channels));
                     look_up<V::channels, V::has_sign, V_BYTES>(x[half], code, sign, v_table);
                     b[half] = __byte_perm(w[half][s / 2], 0, s % 2 ? select_upper : select);
                 }

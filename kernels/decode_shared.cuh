@@ -15,12 +15,17 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int D = K::d;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
     static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
-    // Of half the means there are mean scores at a time, the others come.  Where z was, one query's kernel has those and the weights.
-    static constexpr int MEANS = Q == 1 ? 8 : 4, MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
-    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES, Z = Q == 1 ? WEIGHTS + 128 : D == 128 ? 2048 : 1536;
-    static constexpr int WARP = (Z + 2 * SLOT + FACTORS + MEANS * MEAN + 127) / 128 * 128;
+    static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
-    static constexpr int FIT = ((int)END - WARPS_AT) / WARP, WARPS = FIT < CODE_WARPS ? FIT : CODE_WARPS, BYTES = WARPS_AT + WARPS * WARP - (int)START;
+    // The mean scores of so many blocks are made together; where z was they lie then, and the weights of the block at work.
+    static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
+    static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : n * Q * D * 2 > n * 1024 - 512 ? n * Q * D * 2 : n * 1024 - 512; }
+    static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + 127) / 128 * 128; }
+    static constexpr int warps(int n) { return ((int)END - WARPS_AT) / warp_bytes(n) < CODE_WARPS ? ((int)END - WARPS_AT) / warp_bytes(n) : CODE_WARPS; }
+    // Four where neither warps nor registers get scarce: E is read half as often.
+    static constexpr int TOGETHER = Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
+    static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER);
+    static constexpr int BYTES = WARPS_AT + WARPS * WARP - (int)START;
     // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
@@ -124,19 +129,18 @@ __device__ inline uint32_t spread_tops(uint32_t x) {
     asm("prmt.b32 %0, %1, 0, 0xba98;" : "=r"(y) : "r"(x));
     return y;
 }
-// Words of 4 channels: the codewords that the bytes name, signs applied.  `copy`: the lane's copy of codeword 0.
+// Words of 4 channels: the codewords that the bytes name, signs applied.  `copy`: the lane's copy of codeword 0; sign: the highest bits of
+// its bytes are the last word's.
 template <int C, bool SIGN, int BYTES>
-__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, const uint32_t *sign, uint32_t copy) {
+__device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *code, uint32_t sign, uint32_t copy) {
     auto at = [&](int i) { return __dp4a(code[i / 4], (uint32_t)ROW << i % 4 * 8, copy); };    // copy + ROW byte i; on a pipe that has time
     if constexpr (C == 8) {
 #pragma unroll
         for (int i = 0; i < BYTES; i++) {
             const uint2 v = load_codeword2(at(i));
             x[2 * i] = v.x, x[2 * i + 1] = v.y;
-            if constexpr (SIGN) {    // -(x + 1/2) = ~x + 1/2; a bit goes to the top of its byte, which becomes 0 or 255
-                const uint32_t s = sign[i / 4] >> i % 4 * 8;
-                x[2 * i] ^= spread_tops((s & 0x0f) * 0x10204080), x[2 * i + 1] ^= spread_tops((s & 0xf0) * 0x01020408);
-            }
+            if constexpr (SIGN)    // -(x + 1/2) = ~x + 1/2
+                x[2 * i] ^= spread_tops(sign << (2 * BYTES - 1 - 2 * i)), x[2 * i + 1] ^= spread_tops(sign << (2 * BYTES - 2 - 2 * i));
         }
     } else if constexpr (C == 4) {
 #pragma unroll
@@ -146,6 +150,11 @@ __device__ inline void look_up(uint32_t (&x)[BYTES * C / 4], const uint32_t *cod
         for (int i = 0; i < BYTES; i += 2) x[i / 2] = __byte_perm(load_codeword(at(i)), load_codeword(at(i + 1)), 0x7610);
     }
 }
+// For look_up: the signs of the 8 BYTES channels of which a byte a code would be at `at`, where the 4 bytes of 32 channels are (sign_place).
+template <int BYTES> __device__ inline uint32_t signs_at(uint32_t at) {
+    const uint32_t x = load_shared<uint32_t>(at & ~3u);
+    return BYTES == 4 ? x : x << (8 - 2 * BYTES - 2 * (at & 3));
+}
 // Products of 16 tokens' codewords and the query's bytes: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
 // `codes` is where those of token g begin, the first field of a block.
 template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint32_t codes, int tile, const uint32_t (&bq)[N], uint32_t table) {
@@ -153,24 +162,27 @@ template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint
     uint32_t x[2][N];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        uint32_t code[WORDS], sign[WORDS];
+        uint32_t code[WORDS], sign = 0;
         const uint32_t at = codes + (16 * tile + 8 * half) * ROW;
         load_bytes<BYTES>(code, at);
-        if constexpr (K::has_sign) load_bytes<BYTES>(sign, at + KV_BLOCK * ROW);
+        if constexpr (K::has_sign) sign = signs_at<BYTES>(at + KV_BLOCK * ROW);
         look_up<K::channels, K::has_sign, BYTES>(x[half], code, sign, table);
     }
 #pragma unroll
     for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
 }
-// The four tiles of E times z: columns are rows of D/2 words, whose 64-byte halves are swapped in odd ones.  z's place is free then.
-template <class S> __device__ inline void multiply_E(float (&c)[4][4], uint32_t E, uint32_t z_load, uint32_t z_load_odd) {
+// The four tiles of E times M matrices z, one behind the other: 8 columns are rows of D/2 words, whose 64-byte halves are swapped in odd ones.
+// z's place is free then.
+template <class S, int M> __device__ inline void multiply_E(float (&c)[M][4][4], uint32_t E, uint32_t z_load, uint32_t z_load_odd) {
     constexpr int D = S::D;
-    uint32_t z[D / 8];
+    uint32_t z[M][D / 8];
 #pragma unroll
-    for (int k = 0; k < D / 32; k++) {
-        const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128);
-        memcpy(z + 4 * k, &v, 16);
-    }
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int k = 0; k < D / 32; k++) {
+            const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128 + m * 16 * D);
+            memcpy(z[m] + 4 * k, &v, 16);
+        }
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
@@ -179,7 +191,7 @@ template <class S> __device__ inline void multiply_E(float (&c)[4][4], uint32_t 
             unsigned e[4];
             const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * 512);
             memcpy(e, &v, 16);
-            mma(c[tile], e, z[2 * k], z[2 * k + 1]);
+            for (int m = 0; m < M; m++) mma(c[m][tile], e, z[m][2 * k], z[m][2 * k + 1]);
         }
 }
 // One copy of codeword k for every lane that reads it alone.  Loads and stores are apart, so that those of all tables wait together.

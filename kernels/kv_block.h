@@ -86,7 +86,7 @@ template <int D> struct F16 {
 //
 //   bytes at d = 128          nsn1   nsn2  nsn2b  nsn4b   field, in this order
 //   64 * d/C                  1024   1024   2048   4096   code[t][j]    codeword of channels C j .. C j + C-1
-//   64 * d/8                          1024                sign[t][j]    bit i: channel 8 j + i is negative
+//   64 * d/8                          1024                sign[t]       a bit a channel, set where it is negative: sign_place
 //   64 * 2                     128    128                 s2[t]         f16
 //   64 + 4                                    68     68   s2[t], step, min
 //   32 + 4                      36     36     36     36   s1[t], s1_step, s1_min
@@ -94,6 +94,21 @@ template <int D> struct F16 {
 //   ceil(d/32) * 4              16     16     16     16   mean_step[g], then mean_min[g]
 //                             1268   2292   2232   4280   = 1.2383, 2.2383, 2.1797, 4.1797 bits a value
 HD int nibble(const uint8_t *p, int i) { return p[i / 2] >> (i % 2 * 4) & 15; }
+
+// Where the sign of channel c is among a row's d/8 bytes.  Of 32 channels in 4 bytes, byte b has those of channels 4 k + b, as bit k: what
+// flips the four channels of word k is the highest bits of the bytes of (sign << 7 - k), two instructions on a GPU where a byte a
+// code takes four.  The last d % 32 channels: byte c / 8, bit c % 8.
+struct SignPlace { int byte, bit; };
+HD constexpr SignPlace sign_place(int d, int c) { return c / 32 < d / 32 ? SignPlace{c / 32 * 4 + c % 4, c % 32 / 4} : SignPlace{c / 8, c % 8}; }
+HD bool is_negative(const uint8_t *sign, int d, int c) { return sign[sign_place(d, c).byte] >> sign_place(d, c).bit & 1; }
+// The 32 bits from the other order, a byte a code (bit 4 k + b), and back: the five bits of a bit's index change places in four pairs.
+template <int A, int B> HD uint32_t swap_index_bits(uint32_t x) {
+    constexpr uint32_t with_bit[] = {0xaaaaaaaa, 0xcccccccc, 0xf0f0f0f0, 0xff00ff00, 0xffff0000};
+    const uint32_t t = (x ^ x >> ((1 << A) - (1 << B))) & ~with_bit[A] & with_bit[B];
+    return x ^ t ^ t << ((1 << A) - (1 << B));
+}
+HD uint32_t signs_by_word(uint32_t x) { return swap_index_bits<1, 0>(swap_index_bits<2, 1>(swap_index_bits<3, 0>(swap_index_bits<4, 1>(x)))); }
+HD uint32_t signs_by_code(uint32_t x) { return swap_index_bits<4, 1>(swap_index_bits<3, 0>(swap_index_bits<2, 1>(swap_index_bits<1, 0>(x)))); }
 
 struct ScaleF16 {
     f16 value[KV_BLOCK];
@@ -147,7 +162,7 @@ template <int D> struct Nsn2 {
         const float s = b.s1.at(t) * b.s2.at(t) * delta;
         for (int i = 0; i < N; i++) {
             const float w = s * (codebook[b.code[t][(c + i) / 8] * 8 + (c + i) % 8] + 0.5f);
-            x[i] = b.sign[t][(c + i) / 8] >> (c + i) % 8 & 1 ? -w : w;
+            x[i] = is_negative(b.sign[t], D, c + i) ? -w : w;
         }
     }
     template <int N> HD static void load_plain(float (&x)[N], const Block &b, int t, int c) {

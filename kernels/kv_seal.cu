@@ -247,6 +247,14 @@ __device__ inline void seal(const NsnFields &f, float *x, SearchTables<C> &book,
     }
     __syncthreads();
     if (warp == 0) store_scales_warp(f, s2);
+    if (f.sign)    // a byte a code so far
+        for (int n = thread; n < KV_BLOCK * (d / 32); n += SEAL_THREADS) {
+            uint8_t *const at = f.sign + n / (d / 32) * (d / 8) + n % (d / 32) * 4;
+            uint32_t x;
+            memcpy(&x, at, 4);
+            x = signs_by_word(x);
+            memcpy(at, &x, 4);
+        }
 }
 
 template <int D> __global__ void __launch_bounds__(SEAL_THREADS, 2) seal_kernel(SealArgs a) {

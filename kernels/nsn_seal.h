@@ -188,22 +188,22 @@ inline void nsn_seal(const NsnFields &f, const f16 *rows, const SealPlace &p) {
     double xx[KV_BLOCK] = {}, xq[KV_BLOCK] = {};
     for (int j = 0; j < n_codes; j++) {
         float *yj = y + j * C * KV_BLOCK;
-        uint8_t code[KV_BLOCK], sign[KV_BLOCK] = {};
-        for (int c = 0; c < C && f.sign; c++)
+        uint8_t code[KV_BLOCK];
+        for (int c = 0; c < C && f.sign; c++) {
+            const SignPlace place = sign_place(d, j * C + c);
             for (int t = 0; t < KV_BLOCK; t++) {
                 float &v = yj[c * KV_BLOCK + t];
-                sign[t] |= (uint8_t)((v < 0) << c), v = std::fabs(v);
+                if (s2[t] > 0) f.sign[t * (d / 8) + place.byte] |= (uint8_t)((v < 0) << place.bit);
+                v = std::fabs(v);
             }
+        }
         nearest(code, book, yj);
         for (int c = 0; c < C; c++)
             for (int t = 0; t < KV_BLOCK; t++) {
                 const double v = yj[c * KV_BLOCK + t];
                 xx[t] += v * v, xq[t] += v * book.w[c][code[t]];
             }
-        for (int t = 0; t < KV_BLOCK; t++) {
-            f.code[t * n_codes + j] = s2[t] > 0 ? code[t] : 0;
-            if (f.sign) f.sign[t * n_codes + j] = s2[t] > 0 ? sign[t] : 0;
-        }
+        for (int t = 0; t < KV_BLOCK; t++) f.code[t * n_codes + j] = s2[t] > 0 ? code[t] : 0;
     }
     for (int t = 0; t < KV_BLOCK; t++)
         s2[t] = s2[t] > 0 && xq[t] > 0 ? s2[t] * (float)(p.ablate & NO_SCALE ? 1.0 : std::pow(xx[t] / xq[t], (double)p.exponent)) : 0.0f;

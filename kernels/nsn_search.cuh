@@ -67,7 +67,8 @@ template <int C> struct SearchTables {
     }
 };
 
-// The nearest of 256 codewords to each of n groups of C channels, the lowest index among equals; code, sign (n), n a multiple of 64.
+// The nearest of 256 codewords to each of n groups of C channels, the lowest index among equals; code, sign (n), a byte a group, n a
+// multiple of 64.
 // In shared memory: x (n, C), s2 (n / groups); groups of rows with s2 = 0 have no codes.  A group's first two channels become
 // <x,x> and <x,m>.
 template <int C>

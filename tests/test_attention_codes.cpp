@@ -46,7 +46,7 @@ TEST_CASE("code kernels: the sums of the definition, portable and AVX-512") {
                     }
                     auto x = [&](int t, int c) {
                         const int v = codebook[f.code[t * (d / C) + c / C] * C + c % C];
-                        return f.sign && f.sign[t * (d / C) + c / C] >> c % C & 1 ? ~v : v;
+                        return f.sign && is_negative(f.sign + t * (d / 8), d, c) ? ~v : v;
                     };
                     std::vector<float> q = random_floats((size_t)M * d, rng());
                     if (extreme)

@@ -117,7 +117,11 @@ def encode(x, fmt, d, key):
         xq = (z * book[k]).sum()
         s2[t] = n * (z * z).sum() / xq if xq > 0 else 0
         codes.append(k)
-        signs.append([sum(int(sign[8 * j + i]) << i for i in range(8)) for j in range(d // 8)])
+        row = [0] * (d // 8)
+        for c in range(d):    # of 32 channels byte b has 4 k + b, as bit k; what is left over goes byte by byte
+            whole = c < d // 32 * 32
+            row[c // 32 * 4 + c % 4 if whole else c // 8] |= int(sign[c]) << (c % 32 // 4 if whole else c % 8)
+        signs.append(row)
     out = np.array(codes, dtype=np.uint8).tobytes()
     if fmt == 2:
         out += np.array(signs, dtype=np.uint8).tobytes()
@@ -149,7 +153,10 @@ def decode(b, fmt, d, key):
     code = take(BLOCK * d // C).reshape(BLOCK, d // C)
     q = book[code].reshape(BLOCK, d)
     if fmt == 2:
-        sign = np.unpackbits(take(BLOCK * d // 8), bitorder="little").reshape(BLOCK, d)
+        bits = np.unpackbits(take(BLOCK * d // 8), bitorder="little").reshape(BLOCK, d)
+        whole = d // 32 * 32
+        words = bits[:, :whole].reshape(BLOCK, -1, 4, 8)    # (.., b, k) is the sign of channel 4 k + b
+        sign = np.concatenate([words.transpose(0, 1, 3, 2).reshape(BLOCK, whole), bits[:, whole:]], axis=1)
         q = np.where(sign == 1, -q, q)
     if fmt <= 2:
         s2 = take(BLOCK, "<f2").astype(float)
