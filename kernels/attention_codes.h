@@ -11,7 +11,8 @@
 //               are multiplied and added at once (pair_products: PMADDWD)
 //   avx512      (VBMI and VNNI; d = 64, 128, 256)
 //     look up   64 code bytes at once: plane c is byte c of all 256 entries, four registers; a byte permute of each, the last
-//               three under a mask.  nsn2: a sign bit flips all bits of x, ~x + 1/2 = -(x + 1/2).
+//               three under a mask.  nsn2: a sign bit flips all bits of x, ~x + 1/2 = -(x + 1/2); signs come into the order of the
+//               codes first.
 //     keys      codes are dealt out so that a 32-bit lane is four codes of one token; vpdpbusd multiplies their channels c by the
 //               query's, a byte at a time, and adds: lanes are tokens and nothing is added across them.  It wants one side
 //               unsigned, so x is offset by 128 and 128 sum q is taken off again.

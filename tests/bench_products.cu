@@ -61,8 +61,8 @@ int main(int argc, char **argv) {
                 const double gb_s = bytes[part] / us / 1e3;
                 if (json)
                     rows += strf("%s{\"shape\":\"Llama-3-8B, %s\",\"b\":%d,\"weights\":\"%s\",\"us\":%.3f,\"gb_s\":%.2f,\"share\":%.4f,\"limit_us\":%.3f}",
-                                 rows.empty() ? "" : ",", PARTS[part], N, dtype_name(type), us, gb_s, gb_s / read, bytes[part] / read / 1e3);
-                else printf("%7s %5d  %-8s %9.1f %8.0f %6.2f\n", dtype_name(type), N, PARTS[part], us, gb_s, gb_s / read), fflush(stdout);
+                                 rows.empty() ? "" : ",", PARTS[part], N, dtype_option(type), us, gb_s, gb_s / read, bytes[part] / read / 1e3);
+                else printf("%7s %5d  %-8s %9.1f %8.0f %6.2f\n", dtype_option(type), N, PARTS[part], us, gb_s, gb_s / read), fflush(stdout);
             }
         }
     }
