@@ -96,8 +96,8 @@ template <int D> struct F16 {
 HD int nibble(const uint8_t *p, int i) { return p[i / 2] >> (i % 2 * 4) & 15; }
 
 // Where the sign of channel c is among a row's d/8 bytes.  Of 32 channels in 4 bytes, byte b has those of channels 4 k + b, as bit k: what
-// flips the four channels of word k is the highest bits of the bytes of (sign << 7 - k), two instructions on a GPU where a byte a
-// code takes four.  The last d % 32 channels: byte c / 8, bit c % 8.
+// flips the four channels of word k is the highest bits of the bytes of (sign << 7 - k): two instructions on a GPU, three and a half
+// with a byte a code.  The last d % 32 channels: byte c / 8, bit c % 8.
 struct SignPlace { int byte, bit; };
 HD constexpr SignPlace sign_place(int d, int c) { return c / 32 < d / 32 ? SignPlace{c / 32 * 4 + c % 4, c % 32 / 4} : SignPlace{c / 8, c % 8}; }
 HD bool is_negative(const uint8_t *sign, int d, int c) { return sign[sign_place(d, c).byte] >> sign_place(d, c).bit & 1; }
@@ -235,7 +235,7 @@ struct KvView {
     const int *table;              // (B, max_blocks)    block i of slot s is number table[s][i] of the pool
     RopeTable rope;
 
-    // So many tokens after a block's last the layer seals it.
+    // The layer seals block i - 1 in the step of position KV_BLOCK i + turn; never before a lower layer, whose codes it may share (xquant).
     HD int turn(int layer) const { return layer * SEAL_STEPS / L; }
     // The first block that this layer has not sealed when the row at pos is there.  pos = -1: nothing is sealed yet.
     HD int sealed_end(int pos, int layer) const { return end_behind(pos - turn(layer)); }
@@ -285,7 +285,7 @@ struct KvView {
         return end > sink ? end : sink;
     }
 };
-static_assert(SEAL_STEPS % 8 == 0 && SEAL_STEPS < KV_BLOCK, "exact tokens are read in groups of 8; xquant: an even layer seals before the next");
+static_assert(SEAL_STEPS % 8 == 0 && SEAL_STEPS < KV_BLOCK, "exact tokens are read in groups of 8, and turns end before the next block does");
 
 // Cosine and sine of the angle of position pos in channel pair j; d is the head dimension.  In double nothing is rounded.
 template <class Float> HD void rope_angle(Float &c, Float &s, RopeTable table, int pos, int j, int d) {
