@@ -29,21 +29,20 @@ tail -n 1 "$work/err" | grep -q "no depth fits" || die "nothing fits: $(cat "$wo
 "$run" $model --bench -d 0 --kv f16,nsn2b -n 80 --prompt-tokens 8 --json >"$work/json" 2>"$work/err" || die "-n 80: $(cat "$work/err")"
 [ "$(grep -o '"kv":"nsn2b/nsn2b".*"seal_stall":' "$work/json" | wc -l)" = 1 ] && [ "$(grep -o seal_stall "$work/json" | wc -l)" = 1 ] || die "seal_stall: $(cat "$work/json")"
 get seal_stall <"$work/json" | awk '!($1 > -1) { exit 1 }' || die "seal_stall: $(cat "$work/json")"
-"$run" $model --bench -d 64 --kv nsn2b -n 2 --prompt-tokens 8 --json >"$work/json2" 2>"$work/err" && ! grep -q seal_stall "$work/json2" || die "two steps that seal: $(cat "$work/json2" "$work/err")"
+"$run" $model --bench -d 64 --kv nsn2b -n 6 --prompt-tokens 8 --json >"$work/json2" 2>"$work/err" && ! grep -q seal_stall "$work/json2" || die "two steps that seal: $(cat "$work/json2" "$work/err")"
 
-"$run" $model --bench -d 64 --kv nsn2b -n 6 --prompt-tokens 8 --json >"$work/json2" 2>"$work/err" && ! grep -q seal_stall "$work/json2" || die "only steps that seal: $(cat "$work/json2" "$work/err")"
-
-# the table: of these lines, and of attention alone
+# the table: of these lines, of products and of attention alone
 plot=${BUILD:-build}/tool-plot
 [ -x "$plot" ] || plot=build/plot
 cat >"$work/lines" <<'END'
 {"model":"models/a.bin","weights":"q4","device":"cpu","read_gb_s":20,"rows":[{"depth":768,"b":3,"kv":"nsn2b/nsn2b","prefill_tok_s":5000.4,"decode_tok_s":812.34,"gb_s":14.04,"share":0.702,"limit_tok_s":1157.25,"seal_stall":0.041},{"depth":0,"b":1,"kv":"f16/nsn1","prefill_tok_s":1,"decode_tok_s":2,"gb_s":3,"share":0.04,"limit_tok_s":5}]}
-{"device":"cuda","read_gb_s":3000,"rows":[{"shape":"32/8 heads of 128","b":32,"tokens":8192,"kv":"nsn2b","us":70.64,"us_open":72,"gb_s":2200,"share":0.733,"limit_us":51.8}]}
+{"what":"attention","device":"cuda","read_gb_s":3000,"rows":[{"shape":"32/8 heads of 128","b":32,"tokens":8192,"kv":"nsn2b","us":70.64,"us_open":72,"gb_s":2200,"share":0.733,"limit_us":51.8}]}
+{"what":"products","device":"cuda","read_gb_s":3000,"rows":[{"shape":"Llama-3-8B, wo","b":1,"weights":"q4","us":5.01,"gb_s":1877.3,"share":0.61,"limit_us":3.08}]}
 END
 "$plot" table "$work/lines" -o "$work/table" || die "plot table"
 tr -s ' ' <"$work/table" >"$work/cells"
 for row in "a.bin, q4 cpu nsn2b tok/s 3 768 812.3 1157.2 14.0 70% 5000 +4.1%" "a.bin, q4 cpu f16/nsn1 tok/s 1 0 2.0 5.0 3.0 4% 1" \
-    "attention, 32/8 heads of 128 cuda nsn2b us 32 8192 70.6 51.8 2200.0 73%"; do
+    "attention, 32/8 heads of 128 cuda nsn2b us 32 8192 70.6 51.8 2200.0 73%" "products, Llama-3-8B, wo, q4 cuda us 1 5.0 3.1 1877.3 61%"; do
     grep -qxF "$row" "$work/cells" || die "the table has no row '$row': $(cat "$work/table")"
 done
 [ "$(sed -n 2,4p "$work/table" | awk '{ print index($0, "%") }' | uniq | wc -l)" = 1 ] && "$plot" table "$work/json" | grep -q "^books-5m.bin, bf16 .* nsn2b " || die "the table: $("$plot" table "$work/json")"
@@ -51,6 +50,8 @@ sed '2s/"us":70.64/"us":"fast"/' "$work/lines" >"$work/bad"
 refuses 1 "bad:2: us: expected a number, found .fast" "$plot" table "$work/bad"
 sed '1s/"weights":"q4",//' "$work/lines" >"$work/bad"
 refuses 1 "bad:1: weights: missing" "$plot" table "$work/bad"
+sed '2s/"what":"attention",//' "$work/lines" >"$work/bad"
+refuses 1 "bad:2: what: missing" "$plot" table "$work/bad"
 echo '{"device":"cuda"' >"$work/bad"
 refuses 1 "bad:1: not valid JSON" "$plot" table "$work/bad"
 echo '{"model":"a","device":"cpu","read_gb_s":1,"weights":"q4","rows":[]}' >"$work/bad"
