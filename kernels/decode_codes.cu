@@ -65,7 +65,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
     const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32));
     const uint32_t weight_bytes = g % 2 ? 0x4240 : 0x4341;                   // permutes a word of two weights to (lo, 0, lo, 0) or (hi, 0, hi, 0)
-    const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the second of two blocks
+    const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the blocks behind the first of those done together
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 

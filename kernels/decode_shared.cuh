@@ -17,7 +17,8 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
     static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
-    // The mean scores of so many blocks are made together; where z was they lie then, and the weights of the block at work.
+    // The mean scores of n blocks are made together.  Where their z was lie then the weights of the block at work, 512 bytes, and the mean
+    // scores of the n - 1 that follow, 1 KB each; with one query those of all four, and weights behind them.
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
     static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : n * Q * D * 2 > n * 1024 - 512 ? n * Q * D * 2 : n * 1024 - 512; }
     static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + 127) / 128 * 128; }
