@@ -27,10 +27,10 @@
              and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
              registers allow, wait for fixed latencies (1.1 of 5 cycles between two instructions of a warp), shared memory (0.9), each other
              (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
-             for its signs.  With a byte of signs a code nsn2 had 1,544 instructions (sign_place): 91.8 us for 89.4.
+             for its signs.  With a byte of signs a code nsn2 had 1,544 instructions (sign_place): 91.8 us for 89.4 to 90.0.
              Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
              asked for only behind the values.
-             d 64, 32 rows: four blocks' means together 42.1 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
+             d 64, 32 rows: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
              tokens 11.6 for 10.6; nsn2b 67.4 for 66.4, nsn2 95.5 for 91.8 (registers); angles of a team's next block by rotation
              instead of a load: nsn2b 67.9 for 67.1, one row of 131,072 tokens 40.0 for 39.2.
              Tried: 10 warps (99 us when 12 took 92); 16 warps of 128 registers, queries in shared memory (82 for 66.5; 24% of the

@@ -20,9 +20,9 @@ template <class K, class V, int Q> struct Layout {
     // The mean scores of n blocks are made together.  Where their z was lie then the weights of the block at work, 512 bytes, and the mean
     // scores of the n - 1 that follow, 1 KB each; with one query those of all four, and weights behind them.
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
-    static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : n * Q * D * 2 > n * 1024 - 512 ? n * Q * D * 2 : n * 1024 - 512; }
+    static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, n * 1024 - 512); }
     static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + 127) / 128 * 128; }
-    static constexpr int warps(int n) { return ((int)END - WARPS_AT) / warp_bytes(n) < CODE_WARPS ? ((int)END - WARPS_AT) / warp_bytes(n) : CODE_WARPS; }
+    static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / warp_bytes(n), CODE_WARPS); }
     // Four where neither warps nor registers get scarce: E is read half as often.
     static constexpr int TOGETHER = Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
     static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER);

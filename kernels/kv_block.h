@@ -18,7 +18,7 @@
 // When is a block sealed?  Layers take turns: the first when the block is full, the last up to SEAL_STEPS - 1 tokens later,
 // spread evenly (turn), so that a decode step seals a 32nd of the layers.  Rows read the codes from the next token on.
 // Tried: all layers at once, a step of 32 sequences of Llama-3-8B half as long again; 8 turns, after which all layers read the codes,
-// 21 to 26% longer with as many sequences of Llama-2-7B as fit.
+// 19 to 24% longer with as many sequences of Llama-2-7B as fit.
 //
 // Where the exact tokens are: tokens of this step in k16, v16; earlier ones in the ring k_exact, v_exact.  kv_write
 // rounds the rows and seals blocks, attention reads, kv_keep puts the step's rows that stay exact into the ring.

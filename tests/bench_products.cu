@@ -46,10 +46,11 @@ int main(int argc, char **argv) {
             const Batch b = gpu->begin(step.batch(), a.scratch);
             auto call = [&](int part, int l) {
                 const LayerWeights &w = m.layers[l];
+                const float *const next = l + 1 < L ? m.layers[l + 1].attn_norm : m.out_norm;
                 if (part == 0) gpu->qkv(a.q, a.k, a.v, a.xn, a.x, {w.attn_norm, c.norm_eps}, w.wq, w.wk, w.wv, b.N, D, q_out, kv_out);
                 if (part == 1) gpu->matmul_add(a.x, a.att, w.wo, b.N, q_out, D, {w.ffn_norm, c.norm_eps});
                 if (part == 2) gpu->gated(a.gate, a.up, a.xn, a.x, {w.ffn_norm, c.norm_eps}, w.w_gate, w.w_up, b.N, D, F);
-                if (part == 3) gpu->matmul_add(a.x, a.gate, w.w_down, b.N, F, D, {w.attn_norm, c.norm_eps});
+                if (part == 3) gpu->matmul_add(a.x, a.gate, w.w_down, b.N, F, D, {next, c.norm_eps});
                 if (part == LOGITS) gpu->unembed(a.logits, a.xn, a.x, {m.out_norm, c.norm_eps}, m.unembed, b.N, D, c.vocab);
             };
             for (int part = N == 1 ? 0 : ALL; part <= ALL; part++) {
