@@ -38,8 +38,11 @@ constexpr int WARPS = 16;                 // that multiply
 constexpr int THREADS = 32 * (WARPS + 2);     // one more copies weights, one x
 constexpr int ROWS = 16;                  // of weights in a tile
 constexpr int TILES = 14;                 // of a thread block at a time, at most
-constexpr int STEP = ROW_STEP;            // inputs of a warp in a stage: 128 neighbouring bytes of a row
-constexpr int UNIT_BYTES = ROWS * STEP * 2;    // of weights, a warp's in a stage
+template <DType T> constexpr int STEP = T == DType::f16 ? ROW_STEP : 2 * ROW_STEP;    // inputs of a warp in a stage, whole ROW_STEPs ...
+template <DType T> constexpr int BOX = T == DType::q4 ? 64 : 128;                     // ... in so many neighbouring bytes of a row
+template <DType T> constexpr int UNIT_BYTES = ROWS * BOX<T>;                          // of weights, a warp's in a stage
+template <DType T> constexpr int BOX_TILES = T == DType::f16 ? 1 : 7;    // of a box, at most
+constexpr int SCALES_AHEAD = 2;           // stages whose scales a lane has before they are needed
 constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 4;
 constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
 constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
@@ -52,9 +55,12 @@ template <int GROUPS> struct Shared {
     static constexpr int RING = (BARRIERS + 2 * Ring::bytes(MOST_STAGES) + 1023) / 1024 * 1024;
 };
 struct Shares {
-    int tiles, parts;    // of a thread block's warps: outputs, and parts of a stage's inputs
-    HD int stage_bytes(int groups) const { return parts * (tiles * UNIT_BYTES + row16_bytes(groups)); }    // [part][tile] weights, [part] x
-    int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes(4), MOST_STAGES); }
+    int tiles, parts;    // of a thread block's warps: outputs, at most, and parts of a stage's inputs
+    int box;             // tiles that a copy brings
+    template <DType T> HD int x_at() const { return parts * tiles * UNIT_BYTES<T>; }    // a stage is [part][tile] weights, [part] x
+    template <DType T> HD static int x_bytes(int groups) { return STEP<T> / ROW_STEP * row16_bytes(groups); }    // of a part
+    template <DType T> HD int stage_bytes(int groups) const { return x_at<T>() + parts * x_bytes<T>(groups); }
+    template <DType T> int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes<T>(4), MOST_STAGES); }
 };
 
 // All thread blocks of a launch are at work at once (at most one a multiprocessor, and the next kernel's start after the last of these):
@@ -85,24 +91,29 @@ __device__ inline void fence_bulk() {
 }
 
 // The thread block's part of x; 32 lanes 8 rows of a block of inputs.
-template <int GROUPS> __device__ inline void narrow_rows(Rows16 rows, Norm norm, const float *x, int N, int in) {
-    const int lane = threadIdx.x % 32, units = (in + STEP - 1) / STEP * (STEP / ROW_BLOCK) * GROUPS;
+template <DType T, int GROUPS> __device__ inline void narrow_rows(Rows16 rows, Norm norm, const float *x, int N, int in) {
+    constexpr bool FOURS = T != DType::f16;
+    const int lane = threadIdx.x % 32, units = (in + ROW_STEP - 1) / ROW_STEP * (ROW_STEP / ROW_BLOCK) * GROUPS;
     for (int unit = blockIdx.x + gridDim.x * (threadIdx.x / 32); unit < units; unit += gridDim.x * WARPS) {
-        const int n = unit % GROUPS * 8 + lane / 4, k = unit / GROUPS * ROW_BLOCK + lane % 4 * 2;
+        const int n = unit % GROUPS * 8 + lane / 4, first = unit / GROUPS * ROW_BLOCK;
         float2 v[4];
         float square[4];
-        for (int i = 0; i < 4; i++) v[i] = n < N && k + 8 * i < in ? *(const float2 *)(x + (int64_t)n * in + k + 8 * i) : make_float2(0, 0);
+        auto input = [&](int i) { return first + Rows16::input(FOURS, lane % 4, i); };
+        for (int i = 0; i < 4; i++) v[i] = n < N && input(i) < in ? *(const float2 *)(x + (int64_t)n * in + input(i)) : make_float2(0, 0);
         if (norm.weight) {
             for (int i = 0; i < 4; i++) {
                 square[i] = __fadd_rn(__fmul_rn(v[i].x, v[i].x), __fmul_rn(v[i].y, v[i].y));
-                square[i] += __shfl_xor_sync(~0u, square[i], 1);
-                square[i] += __shfl_xor_sync(~0u, square[i], 2);
-                if (k + 8 * i < in) {
-                    const float2 g = __ldg((const float2 *)(norm.weight + k + 8 * i));
+                if (input(i) < in) {
+                    const float2 g = __ldg((const float2 *)(norm.weight + input(i)));
                     v[i].x *= g.x, v[i].y *= g.y;
                 }
             }
-            if (lane % 4 < 2) rows.squares[(unit / GROUPS * 2 + lane % 4) * (8 * GROUPS) + n] = lane % 4 ? square[2] + square[3] : square[0] + square[1];
+            // Pairs of neighbouring sums, three times: where they lie is what the order of the inputs says.
+            if (FOURS) square[0] += square[1], square[1] = square[2] + square[3];
+            for (int i = 0; i < (FOURS ? 2 : 4); i++)
+                for (int o = 1; o <= 2; o *= 2) square[i] += __shfl_xor_sync(~0u, square[i], o);
+            if (!FOURS) square[0] += square[1], square[1] = square[2] + square[3];
+            if (lane % 4 < 2) rows.squares[(unit / GROUPS * 2 + lane % 4) * (8 * GROUPS) + n] = lane % 4 ? square[1] : square[0];
         }
         rows.x[unit * 32 + lane] = make_uint4(pack(v[0].x, v[0].y), pack(v[1].x, v[1].y), pack(v[2].x, v[2].y), pack(v[3].x, v[3].y));
     }
@@ -117,14 +128,41 @@ template <int GROUPS> __device__ inline void narrow_result(Rows16 rows, bool nor
     if (k % SQUARES == 0) rows.squares[k / SQUARES * (8 * GROUPS) + n] = square;
 }
 
-struct Maps { CUtensorMap of[MAX_PRODUCTS]; };    // the matrices; boxes of a tile's rows and STEP inputs
+// The matrices, as boxes of STEP inputs: of a tile's rows; of those of as many as a copy brings.
+struct Maps { CUtensorMap of[MAX_PRODUCTS], many[MAX_PRODUCTS]; };
+
+// Two codes, bytes 2 r and 2 r + 1 of a word, times a scale.  With 0x64 before it a byte is 1,024 and itself as f16.
+__device__ inline unsigned scaled_bytes(unsigned codes, int r, float times, float less, __half2 scale) {
+    const unsigned u = __byte_perm(codes, 0x64646464, r ? 0x4342 : 0x4140);
+    __half2 h;
+    memcpy(&h, &u, 4);
+    h = __hmul2(__hfma2(h, __float2half2_rn(times), __float2half2_rn(-less)), scale);
+    unsigned w;
+    memcpy(&w, &h, 4);
+    return w;
+}
+// A of the two products of a group: codes of rows g and g + 8, lane t's 4t ... of its first and of its last 16 inputs (q4: the halves of
+// the same bytes), and their scales.
+template <DType T> __device__ inline void widen_group(unsigned (&a)[2][4], const unsigned (&codes)[2][2], const __half2 (&scale)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            const unsigned c = T == DType::q4 ? codes[0][row] & (h ? 0xf0f0f0f0 : 0x0f0f0f0f) : codes[h][row] ^ 0x80808080;
+            const bool sixteen = T == DType::q4 && h;    // times 16
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                a[h][2 * r + row] = scaled_bytes(c, r, sixteen ? 0.0625f : 1.0f, T == DType::q8 ? 1152 : sixteen ? 72 : 1032, scale[row]);
+        }
+}
 
 // `made`: rows has g x already; into: where the next product wants its own, if not null.
-template <int GROUPS>
+template <DType T, int GROUPS>
 __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, Tiles share, const float *x,
                                                                 const __grid_constant__ Rows16 rows, bool made,
                                                                 const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages) {
     using S = Shared<GROUPS>;
+    constexpr int STEP = cuda::STEP<T>, UNIT_BYTES = cuda::UNIT_BYTES<T>;
     extern __shared__ __align__(1024) uint8_t shared[];
     float *const sums = (float *)shared;                          // [row of x][part of the inputs][tile][output]
     double *const squares = (double *)(shared + S::SQUARES_AT);   // [of SQUARE_SUMS][row of x]
@@ -135,35 +173,40 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 
     const uint32_t barriers = (uint32_t)__cvta_generic_to_shared(shared + S::BARRIERS);
     const Ring ring = {barriers, stages, stages}, x_ring = {barriers + Ring::bytes(stages), stages, stages};
-    const int stage_bytes = shares.stage_bytes(GROUPS), x_at = parts * shares.tiles * UNIT_BYTES;
+    const int stage_bytes = shares.stage_bytes<T>(GROUPS), x_at = shares.x_at<T>(), x_bytes = shares.x_bytes<T>(GROUPS);
     uint8_t *const stage_0 = shared + S::RING;
     constexpr Ring::Place all_made = {0, 1};    // of x_ring: x has a stage's place when the weights have
 
-    // ---- weights: a lane copies a tile's
+    // ---- weights: a lane copies some tiles of a matrix, or one where a round has tiles of two.  Many small copies take longer to ask for
+    // than to come.
     if (warp == WARPS) {
         if (lane == 0) ring.open(1, shares.tiles * parts), x_ring.open(1, 1);
         __syncwarp();
         say_open<THREADS>();
 #if __CUDA_ARCH__ >= 900
         if (lane == 0)
-            for (const CUtensorMap &map : maps.of) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+            for (const CUtensorMap &map : maps.many) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 #endif
         Ring::Place stage;
 #pragma unroll 1
         for (int round = 0; round < rounds; round++) {
             const int n_tiles = round_at(round + 1) - round_at(round);
-            const Products::Row tile = p.first_of<ROWS>(round_at(round) + min(lane, n_tiles - 1));
+            const bool many = p.first_of<ROWS>(round_at(round)).m == p.first_of<ROWS>(round_at(round) + n_tiles - 1).m;
+            const int box = many ? shares.box : 1, boxes = (n_tiles + box - 1) / box;
+            const Products::Row tile = p.first_of<ROWS>(round_at(round) + min(lane, boxes - 1) * box);
+            const CUtensorMap *const map = many ? maps.many : maps.of;
 #pragma unroll 1
             for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
                 const int here = min(parts, steps - turn * parts);
                 ring.begin_fill(stage);
-                if (lane == 0) ring.expect(stage, here * n_tiles * UNIT_BYTES);
+                if (lane == 0) ring.expect(stage, here * boxes * box * UNIT_BYTES);
                 __syncwarp();
-                if (lane < n_tiles)
+                if (lane < boxes)
                     for (int part = 0; part < here; part++) {
-                        uint8_t *const to = stage_0 + stage.slot * stage_bytes + (part * shares.tiles + lane) * UNIT_BYTES;
-                        ring.copy_box(stage, to, maps.of[tile.m], (turn * parts + part) * (STEP * 2), tile.o);
-                        if (p.gated) ring.copy_box(stage, to + UNIT_BYTES / 2, maps.of[1], (turn * parts + part) * (STEP * 2), tile.o);
+                        const int byte = (turn * parts + part) * BOX<T>;
+                        uint8_t *const to = stage_0 + stage.slot * stage_bytes + (part * shares.tiles + lane * box) * UNIT_BYTES;
+                        ring.copy_box(stage, to, map[tile.m], byte, tile.o);
+                        if (p.gated) ring.copy_box(stage, to + box * UNIT_BYTES / 2, map[1], byte, tile.o);
                     }
             }
         }
@@ -182,15 +225,15 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
         for (int round = 0; round < rounds; round++)
 #pragma unroll 1
             for (int turn = 0; turn < turns; turn++, ring.advance(stage)) {
-                const int bytes = min(parts, steps - turn * parts) * row16_bytes(GROUPS);
+                const int bytes = min(parts, steps - turn * parts) * x_bytes;
                 if (stage.time > 0) ring.wait_free(stage);
                 x_ring.expect(stage, bytes);
-                x_ring.copy_bulk(stage, stage_0 + stage.slot * stage_bytes + x_at, rows.x + turn * parts * (row16_bytes(GROUPS) / 16), bytes);
+                x_ring.copy_bulk(stage, stage_0 + stage.slot * stage_bytes + x_at, rows.x + turn * parts * (x_bytes / 16), bytes);
             }
         return;
     }
     if (!made) {
-        narrow_rows<GROUPS>(rows, p.norm, x, N, in);
+        narrow_rows<T, GROUPS>(rows, p.norm, x, N, in);
         fence_bulk();
         meet_blocks();
         if (warp == 0) x_ring.end_read(all_made);
@@ -207,10 +250,28 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     const int log_outs = p.gated ? 3 : 4, outs = 1 << log_outs, out = threadIdx.x & (outs - 1), x_row = threadIdx.x >> log_outs & (8 * GROUPS - 1);
     const int tile_lane = (threadIdx.x >> log_outs) / (8 * GROUPS), apart = (32 * WARPS >> log_outs) / (8 * GROUPS);
     float scale = 1;
+    // Where the tile's rows lie in a stage: those of gate in a box, then those of up; the lane's, of load_matrices.
+    const int my_box = my_tile / shares.box * shares.box, row = p.gated ? (my_tile - my_box) * (ROWS / 2) + lane % 8 + lane / 8 % 2 * (shares.box * ROWS / 2)
+                                                                      : (my_tile - my_box) * ROWS + lane % 16;
+    const int lane_at = (part * shares.tiles + my_box) * UNIT_BYTES + row * BOX<T>;
     Ring::Place stage;
 #pragma unroll 1
     for (int round = 0; round < rounds; round++) {
         const int from = round_at(round), n_tiles = round_at(round + 1) - from;
+        // Scales of rows g and g + 8: asked for by the lanes that need them.
+        const f16 *scales[2];
+        uint2 s[SCALES_AHEAD][2];
+        auto load_scales = [&](uint2 (&s)[2], int turn) {
+            for (int i = 0; i < 2; i++) s[i] = __ldg((const uint2 *)scales[i] + min(turn * parts + part, steps - 1));
+        };
+        if constexpr (T != DType::f16) {
+            const Products::Row first = p.first_of<ROWS>(from + min(my_tile, n_tiles - 1));
+            for (int i = 0; i < 2; i++) {
+                const Products::Row row = p.row_of<ROWS>(first, g + 8 * i);
+                scales[i] = p.W[row.m].scale + (int64_t)row.o * (in / GROUP);
+            }
+            for (int i = 0; i < SCALES_AHEAD; i++) load_scales(s[i], i);
+        }
         float *to[AT_ONCE], old[AT_ONCE], gain[AT_ONCE];
         auto find_results = [&](int first) {
 #pragma unroll
@@ -230,20 +291,46 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
                 ring.begin_read(stage);
                 if (my_tile < n_tiles && turn * parts + part < steps) {
                     const uint8_t *const here = stage_0 + stage.slot * stage_bytes;
-                    const uint4 *const v = (const uint4 *)(here + x_at + part * row16_bytes(GROUPS)) + lane;
-                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + warp * UNIT_BYTES + lane % 16 * 128);    // of load_matrices
-#pragma unroll
-                    for (int b = 0; b < STEP / ROW_BLOCK; b++) {
-                        unsigned a[2][4];
-                        for (int h = 0; h < 2; h++) load_matrices(a[h], row + ((b * 4 + h * 2 + lane / 16) ^ lane % 8) * 16);
+                    const uint4 *const v = (const uint4 *)(here + x_at + part * x_bytes) + lane;
+                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + lane_at);
+                    auto add = [&](const unsigned (&a)[2][4], int b) {
 #pragma unroll
                         for (int j = 0; j < GROUPS; j++) {
                             const uint4 u = v[(b * GROUPS + j) * 32];
                             mma(sum[j], a[0], u.x, u.y), mma(sum[j], a[1], u.z, u.w);
                         }
+                    };
+                    if constexpr (T == DType::f16) {
+#pragma unroll
+                        for (int b = 0; b < STEP / ROW_BLOCK; b++) {
+                            unsigned a[2][4];
+                            for (int h = 0; h < 2; h++) load_matrices(a[h], row + ((b * 4 + h * 2 + lane / 16) ^ lane % 8) * 16);
+                            add(a, b);
+                        }
+                    } else {
+                        unsigned loaded[4];
+#pragma unroll
+                        for (int b = 0; b < STEP / ROW_BLOCK; b++) {
+                            if (T == DType::q8) load_matrices(loaded, row + ((2 * b + lane / 16) ^ lane % 8) * 16);
+                            else if (b % 2 == 0) load_matrices(loaded, row + ((b + lane / 16) ^ lane / 2 % 4) * 16);
+                            const int first = T == DType::q4 ? b % 2 * 2 : 0;
+                            const unsigned codes[2][2] = {{loaded[first], loaded[first + 1]}, {loaded[2], loaded[3]}};
+                            __half2 scale[2];
+                            for (int i = 0; i < 2; i++) {
+                                const unsigned two = __byte_perm(b < 2 ? s[0][i].x : s[0][i].y, 0, b % 2 ? 0x3232 : 0x1010);
+                                memcpy(&scale[i], &two, 4);
+                            }
+                            unsigned a[2][4];
+                            widen_group<T>(a, codes, scale);
+                            add(a, b);
+                        }
                     }
                 }
                 ring.end_read(stage);
+                if constexpr (T != DType::f16) {
+                    for (int i = 0; i + 1 < SCALES_AHEAD; i++) s[i][0] = s[i + 1][0], s[i][1] = s[i + 1][1];
+                    load_scales(s[SCALES_AHEAD - 1], turn + SCALES_AHEAD);
+                }
             }
             if (round > 0) meet_readers<WARPS>();    // the last round's sums are read
 #pragma unroll
@@ -280,59 +367,76 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 }
 
 // Fixed by the number of tiles of weights, so that sums are.
-static Shares shares_of(int tiles) {
-    const int most = (int)ceil_div(tiles, GPU_SMS);
-    Shares s = {(int)ceil_div(most, ceil_div(most, TILES)), 1};
-    while ((s.parts + 1) * s.tiles <= WARPS && Shares{s.tiles, s.parts + 1}.stages(H100_SHARED) >= ENOUGH_STAGES) s.parts++;
+template <DType T> static Shares shares_of(int tiles) {
+    const int most = (int)ceil_div(tiles, GPU_SMS), at_a_time = (int)ceil_div(most, ceil_div(most, TILES)), boxes = (int)ceil_div(at_a_time, BOX_TILES<T>);
+    Shares s;
+    s.box = (int)ceil_div(at_a_time, boxes), s.tiles = boxes * s.box, s.parts = 1;
+    for (Shares more = s; ++more.parts * s.tiles <= WARPS && more.stages<T>(H100_SHARED) >= ENOUGH_STAGES;) s = more;
     return s;
 }
 
 constexpr int WIDEST = 1 << 16;    // inputs
 bool gemm_batch_serves(DType type, int N, int in) {
-    return type == DType::f16 && N <= BATCH_ROWS && in % 8 == 0 && in <= WIDEST && starts_early && most_shared >= H100_SHARED;
+    const bool fits = type == DType::f16 ? in % 8 == 0 : is_grouped(type) && in % 256 == 0;    // codes and scales of a row begin at a multiple of 16 bytes
+    return fits && N > GEMV_ROWS && N <= BATCH_ROWS && in <= WIDEST && starts_early && most_shared >= H100_SHARED;
 }
 
 // ---- rows that are left for the next product ----
-static int64_t squares_at(int groups, int in) { return ceil_div(in, STEP) * row16_bytes(groups); }
+static int64_t squares_at(int groups, int in) { return ceil_div(in, ROW_STEP) * row16_bytes(groups); }
 static int64_t slot_bytes() { return squares_at(BATCH_ROWS / 8, WIDEST) + WIDEST / SQUARES * BATCH_ROWS * (int64_t)sizeof(float); }
-int64_t rows16_bytes(int N) { return N > FEW_ROWS ? 2 * slot_bytes() : 0; }    // one is read while the other is written
+int64_t rows16_bytes(int N) { return N > GEMV_ROWS ? 2 * slot_bytes() : 0; }    // one is read while the other is written
 
 static struct {
     const float *x, *gain;
     int N, in, slot;
     int64_t launch;
+    DType type = DType::f16;    // of the weights that were multiplied last, probably of those that come next
+    bool fours;
 } left;
-static Rows16 rows_in(int slot, int N, int in) {
-    const int groups = N <= 16 ? 2 : 4;
+static Rows16 rows_in(int slot, DType type, int N, int in) {
+    const int groups = N <= 8 ? 1 : N <= 16 ? 2 : 4;
     uint8_t *const at = (uint8_t *)step.rows16 + slot * slot_bytes();
-    return {(uint4 *)at, (float *)(at + squares_at(groups, in)), groups};
+    return {(uint4 *)at, (float *)(at + squares_at(groups, in)), groups, is_grouped(type)};
 }
-static Rows16 other_rows(int N, int in) { return rows_in(left.slot ^= 1, N, in); }
-Rows16 leave_rows(int N, int in) { return N > FEW_ROWS && in % STEP == 0 && gemm_batch_serves(DType::f16, N, in) ? other_rows(N, in) : Rows16{}; }
-void rows_left(const float *x, const float *gain, int N, int in) { left.x = x, left.gain = gain, left.N = N, left.in = in, left.launch = launches; }
-Rows16 left_rows(const float *x, const float *gain, int N, int in) {
-    const bool same = left.launch == launches && left.x == x && left.gain == gain && left.N == N && left.in == in;
-    return same ? rows_in(left.slot, N, in) : Rows16{};
+static Rows16 other_rows(int N, int in) { return rows_in(left.slot ^= 1, left.type, N, in); }
+Rows16 leave_rows(int N, int in) { return in % ROW_STEP == 0 && gemm_batch_serves(left.type, N, in) ? other_rows(N, in) : Rows16{}; }
+void rows_left(const float *x, const float *gain, int N, int in) {
+    left.x = x, left.gain = gain, left.N = N, left.in = in, left.launch = launches, left.fours = is_grouped(left.type);
+}
+// What the last op left of x, for weights of this type; null: nothing, or not of this x.
+static Rows16 left_rows(DType type, const float *x, const float *gain, int N, int in) {
+    const bool same = left.launch == launches && left.x == x && left.gain == gain && left.N == N && left.in == in && left.fours == is_grouped(type);
+    return same ? rows_in(left.slot, type, N, in) : Rows16{};
 }
 
-template <int GROUPS> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
-    auto kernel = gemm_batch_kernel<GROUPS>;
+template <DType T, int GROUPS> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
+    auto kernel = gemm_batch_kernel<T, GROUPS>;
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
     CUDA_CHECK(allowed);
-    Rows16 rows = left_rows(x, p.norm.weight, N, in);
+    Rows16 rows = left_rows(T, x, p.norm.weight, N, in);
     const bool made = rows.x;
+    left.type = T;
     if (!made) rows = other_rows(N, in);
     const Rows16 into = p.leaves ? leave_rows(N, p.out[0]) : Rows16{};
-    const Shares s = shares_of(p.tiles<ROWS>());
-    const int stages = s.stages(most_shared);
+    const Shares s = shares_of<T>(p.tiles<ROWS>());
+    const int stages = s.stages<T>(most_shared);
     const Tiles share(p.tiles<ROWS>());
     Maps maps = {};
     for (int m = 0; m < MAX_PRODUCTS; m++)
-        if (p.out[m] > 0) maps.of[m] = map_boxes(p.W[m].data, in * sizeof(f16), p.out[m], STEP * sizeof(f16), p.tile_outs<ROWS>());
-    launch(kernel, share.blocks(), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes(GROUPS), p, maps, share, x, rows, made,
+        if (p.out[m] > 0) {
+            maps.of[m] = map_boxes(p.W[m].data, code_bytes(T, in), p.out[m], BOX<T>, p.tile_outs<ROWS>());
+            maps.many[m] = map_boxes(p.W[m].data, code_bytes(T, in), p.out[m], BOX<T>, p.tile_outs<ROWS>() * s.box);
+        }
+    launch(kernel, share.blocks(), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes<T>(GROUPS), p, maps, share, x, rows, made,
            into, N, in, s, stages);
     if (into.x) rows_left(p.y[0], p.next.weight, N, p.out[0]);
 }
-void gemm_batch(const Products &p, const float *x, int N, int in) { N <= 16 ? gemm_batch_of<2>(p, x, N, in) : gemm_batch_of<4>(p, x, N, in); }
+template <DType T> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
+    N <= 8 ? gemm_batch_of<T, 1>(p, x, N, in) : N <= 16 ? gemm_batch_of<T, 2>(p, x, N, in) : gemm_batch_of<T, 4>(p, x, N, in);
+}
+void gemm_batch(const Products &p, const float *x, int N, int in) {
+    if (p.W[0].type == DType::f16) return gemm_batch_of<DType::f16>(p, x, N, in);
+    p.W[0].type == DType::q8 ? gemm_batch_of<DType::q8>(p, x, N, in) : gemm_batch_of<DType::q4>(p, x, N, in);
+}
 }    // namespace cuda
 #endif

@@ -75,11 +75,12 @@ __device__ inline void copy_weights(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
 
-// N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.
+// N <= FEW_ROWS; a row's bits do not depend on N or on the other rows.  Where gemm_batch serves, too, it is the faster one from GEMV_ROWS on.
+constexpr int GEMV_ROWS = 4;
 void gemv(const Products &p, const float *x, int N, int in);
 bool gemv_norms(DType type, int in);    // it takes the norm, too
 
-// gemm_batch.cu: up to BATCH_ROWS rows.  A row's bits do not depend on the others, but they are not gemv's.
+// gemm_batch.cu: more than GEMV_ROWS and up to BATCH_ROWS rows.  A row's bits do not depend on the others, but they are not gemv's.
 bool gemm_batch_serves(DType type, int N, int in);    // if all weights are of this type; it takes the norm, too
 void gemm_batch(const Products &p, const float *x, int N, int in);
 

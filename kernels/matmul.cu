@@ -211,25 +211,21 @@ static void gemm_narrowed(float *y, const float *x, Matrix W, int N, int in, int
 }
 
 // ---- the ops ----
-// All of the products, whichever way; matrices of different types take turns.  xn is room for the normalised x.
+// All of the products, whichever way; matrices of different types one by one.  xn is room for the normalised x.
 static void multiply(Products p, int n_products, const float *x, int N, int in, float *xn = nullptr) {
     bool same = true;
     for (int i = 1; i < n_products; i++) same = same && p.W[i].type == p.W[0].type;
     const bool few = N <= FEW_ROWS;
-    if (!few && same && gemm_batch_serves(p.W[0].type, N, in)) return gemm_batch(p, x, N, in);
+    if (same && gemm_batch_serves(p.W[0].type, N, in)) return gemm_batch(p, x, N, in);
     if (p.norm.weight && !(few && same && gemv_norms(p.W[0].type, in))) {
         rmsnorm(xn, x, p.norm.weight, p.norm.eps, N, in);
         x = xn, p.norm = {};
     }
     if (few && same) return gemv(p, x, N, in);
-    for (int i = 0; i < n_products; i++) {
-        if (few) {
-            gemv({{p.W[i]}, {p.y[i]}, {p.out[i]}, p.add}, x, N, in);
-            continue;
-        }
-        if (i == 0 || p.W[i].type != p.W[i - 1].type) narrow(p.W[i].type, x, (int64_t)N * in);
-        gemm_narrowed(p.y[i], x, p.W[i], N, in, p.out[i], p.add ? 1.0f : 0.0f);
-    }
+    if (same) narrow(p.W[0].type, x, (int64_t)N * in);
+    for (int i = 0; i < n_products; i++)
+        if (same) gemm_narrowed(p.y[i], x, p.W[i], N, in, p.out[i], p.add ? 1.0f : 0.0f);
+        else multiply({{p.W[i]}, {p.y[i]}, {p.out[i]}, p.add}, 1, x, N, in);
     if (p.gated) swiglu(p.y[0], p.y[1], (int64_t)N * p.out[0]);
 }
 

@@ -1,32 +1,19 @@
 // test_cuda_groups.cpp - weights in q8 and q4 on the GPU against the f64 reference.  Skips, and says so, without CUDA or a device.
 #include <cfloat>
 #include <doctest/doctest.h>
-#include "cuda_case.h"
 #include "device.h"
-#include "group_case.h"
+#include "product_case.h"
 #include "temp_files.h"
 
-namespace reference {
-void matmul(float *y, const float *x, Matrix W, int N, int in, int out);
-}
-
 namespace {
-struct DeviceMatrix {
-    OnDevice<uint8_t> code;
-    OnDevice<f16> scale;
-    Matrix m;
-    DeviceMatrix(const Ops &ops, const GroupMatrix &W) : code(ops, W.code), scale(ops, W.scale), m{code.p, W.m.type, scale.p} {}
-};
-constexpr int FEW_ROWS = 8;    // more rows go through cuBLAS
-
-// `in` additions, each off by at most 2^-23 of a partial sum (tensor cores cut off), none exceeds sum |x||w|; up to FEW_ROWS rows are
+// `in` additions, each off by at most 2^-23 of a partial sum (tensor cores cut off), none exceeds sum |x||w|; few rows are
 // integers of 24 bits of a group's largest |x|, off by one at most: half of it and what the division loses.
-double product_bound(const float *x, const float *w, int in, int N) {
+double product_bound(const float *x, const float *w, int in, bool few) {
     double bound = 0;
     for (int k = 0; k < in; k += GROUP) {
         double size = 0, sum = 0, top = 0;
         for (int i = k; i < k + GROUP; i++) size += std::fabs((double)x[i] * w[i]), sum += std::fabs(w[i]), top = std::max(top, std::fabs((double)x[i]));
-        bound += (in + 8) * 0x1p-23 * size + (N > FEW_ROWS ? 0 : top / (127 * 65536) * sum);
+        bound += (in + 8) * 0x1p-23 * size + (few ? top / (127 * 65536) * sum : 0);
     }
     return bound;
 }
@@ -50,7 +37,8 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
                     const OnDevice<float> xs(*gpu, x), y(*gpu, (size_t)N * out);
                     gpu->matmul(y.p, xs.p, d.m, N, in, out);
                     const std::vector<float> got = y.host();
-                    if (N > FEW_ROWS) {    // what cuBLAS is given
+                    const bool few = through_few(type, N, in);
+                    if (!few) {    // what the tensor cores are given
                         for (float &e : x) e = to_f32(to_f16(e));
                         for (float &e : w) e = to_f32(to_f16(e));
                     }
@@ -59,7 +47,7 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
                     bool within = true;
                     for (int n = 0; n < N; n++)
                         for (int o = 0; o < out; o++) {
-                            const double bound = product_bound(&x[(size_t)n * in], &w[(size_t)o * in], in, N),
+                            const double bound = product_bound(&x[(size_t)n * in], &w[(size_t)o * in], in, few),
                                          error = std::fabs(got[(size_t)n * out + o] - want[(size_t)n * out + o]);
                             worst = std::max(worst, error / bound);
                             within = within && error <= bound;
@@ -69,14 +57,14 @@ TEST_CASE("cuda: matmul of q8 and q4 against the reference in f64") {
     MESSAGE("largest error over its bound: ", worst);
 }
 
-TEST_CASE("cuda: matmul of q8 and q4: a row of up to 8 has the same bits alone, among others, and again") {
+TEST_CASE("cuda: matmul of q8 and q4: one of few rows has the same bits alone, among others, and again") {
     const Ops *gpu = find_gpu();
     if (!gpu) return;
     for (DType type : GROUPED)
         for (int in : {96, 896, 2176, 4096, 8320, 14336}) {
             if (!taken()) continue;
             // the last two: more of x than shared memory holds, and several tiles for a thread block of 132
-            const int out = in == 8320 ? 2200 : in == 14336 ? 4400 : 70, N = FEW_ROWS;
+            const int out = in == 8320 ? 2200 : in == 14336 ? 4400 : 70, N = rows_as_alone(type, in);
             const GroupMatrix W((size_t)in * out, type, 2);
             const DeviceMatrix d(*gpu, W);
             const OnDevice<float> x(*gpu, random_floats((size_t)N * in, 1)), all(*gpu, (size_t)N * out), some(*gpu, (size_t)N * out);
@@ -120,14 +108,15 @@ TEST_CASE("cuda: matmul_add, unembed, qkv, gated and embed of q8 and q4") {
                         gpu->qkv(q.p, k.p, v.p, room.p, raw.p, norm, a.m, b.m, b.m, N, in, out, kv_out);
                         // Where the norm is part of the product, g x is what becomes integers, and s is off by 2^-21.
                         const std::vector<float> xs = x.host();
+                        const bool batch = through_batch(type, N, in);    // g x, and the x of `product`, are rounded to f16
                         auto slack = [&](const GroupMatrix &W, size_t i, int outs) {
                             const float *row = &xs[i / outs * in], *w = &W.f[i % outs * in];
                             double size = 0;
                             for (int j = 0; j < in; j++) size += std::fabs((double)row[j] * w[j]);
-                            return 2 * product_bound(row, w, in, N) + 0x1p-20 * size;
+                            return 2 * product_bound(row, w, in, through_few(type, N, in)) + (batch ? 0x1.01p-10 : 0x1p-20) * size;
                         };
                         auto agree = [&](const std::vector<float> &got, const std::vector<float> &want, const GroupMatrix &W, int outs) {
-                            if (N > FEW_ROWS || type != other || in == 96) return same_bits(got.data(), want.data(), want.size());
+                            if (through_cublas(type, N, in) || type != other || in == 96) return same_bits(got.data(), want.data(), want.size());
                             for (size_t i = 0; i < got.size(); i++)
                                 if (!(std::fabs(got[i] - want[i]) <= slack(W, i, outs))) return false;
                             return true;
