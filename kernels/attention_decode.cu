@@ -149,8 +149,10 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
     const int room = std::min({shares.parts, most_parts(b.N, heads), std::max(1, kv.max_blocks)});
     const int reach = f16_only ? parts_of(step.reach() * GROUPS, F16_WARPS, room) : parts_of(step.reach(), b.N <= FEW_ROWS ? BLOCKS_EACH : 1, room);
     const Work w = work_of(b.N, Hq, kv.d, room);
+    const int64_t of_layer = (int64_t)layer * kv.n_blocks * kv.Hkv;
     uint8_t *const work = (uint8_t *)step.work;
-    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, leave_rows(b.N, Hq * kv.d)};
+    const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters,
+                          kv.k_sealed + of_layer * kv.k_block_bytes, kv.v_sealed + of_layer * kv.v_block_bytes, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, leave_rows(b.N, Hq * kv.d)};
     if (!f16_only) decode_codes(a);
     else if (Q == 1) kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
     else kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);

@@ -23,6 +23,7 @@ struct DecodeArgs {
     float *part_o;             // (N, Hq, room, d)    sums of a part: R is done
     float2 *part_ml;           // (N, Hq, room)       m in base 2, l
     unsigned *arrived;         // (N, Hq)             parts that are done; the last one makes it 0
+    const uint8_t *k_blocks, *v_blocks;    // (block, Hkv) of the layer
     int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
     int room, reach;           // parts that a row and head can have; that those of this step can have
     int team;                  // warps that share a part of codes
@@ -322,7 +323,9 @@ __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part,
 #pragma unroll 1
     for (int q = rank; q < n; q += warps) {
         float m = -INFINITY, l = 0, o[D / 32] = {};
+#pragma unroll 4
         for (int w = 0; w < warps; w++) m = fmaxf(m, result(w).ml[q].x);
+#pragma unroll 4
         for (int w = 0; w < warps; w++) {
             const WarpResult<D, Q> &r = result(w);
             const float weight = merge_weight(r.ml[q].x, m);

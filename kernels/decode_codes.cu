@@ -75,13 +75,14 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
-    for (; turns.task < turns.tasks; turns.go_on(a)) {
+    for (; p.task < turns.tasks(a); turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
         const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y;
         ring.load_second(a);
+        p.keep(S::part(warp));
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
 
         Floats<PAIRS> base[TOGETHER][2];                           // angles of the next blocks whose means are due
@@ -242,8 +243,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int c = 0; c < C; c++) plain[q][c] = fmaf(sum, mean.x[c], plain[q][c]);
             }
             __syncwarp();
-            ring.release_values(j);
+            ring.release_values(a, j);
         }
+
+        p.fetch(S::part(warp));
 
         // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.
         WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(S::slots(warp));

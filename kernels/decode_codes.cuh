@@ -8,18 +8,30 @@ namespace cuda {
 // ---- a warp's part ------------------------------------------------------------------------------------------
 // Part `part` of the cache of row n and kv head h, for query heads from q0 on; the team's warp `rank` has blocks begin, begin + team ...
 struct Part {
-    int n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, team, rank, warp;
-    __device__ Part(const DecodeArgs &a, int task, int queries) : team(a.team), rank(threadIdx.x / 32 % a.team), warp(threadIdx.x / 32) {
+    int task, n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, team, rank, warp, teams;    // teams: of all thread blocks
+    __device__ Part(const DecodeArgs &a, int task, int queries, int teams) : task(task), team(a.team), rank(threadIdx.x / 32 % a.team), warp(threadIdx.x / 32), teams(teams) {
         const KvView &kv = a.kv;
-        const int heads = kv.Hkv * a.chunks, head = task % heads;
-        n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks, q0 = head % a.chunks * queries;    // parts that few rows have come last
+        // A division takes as long as a dozen other instructions, and nothing can start before these: not for one row, nor for one chunk.
+        const int heads = kv.Hkv * a.chunks, others = task / heads, head = task - others * heads;
+        part = a.b.N == 1 ? others : others / a.b.N, n = others - part * a.b.N;    // parts that few rows have come last
+        h = a.chunks == 1 ? head : head / a.chunks, q0 = (head - h * a.chunks) * queries;
         slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos, a.layer), n_blocks) - kv.sink);
         parts = parts_of(coded, a.b.N <= FEW_ROWS ? BLOCKS_EACH : 1, a.room);
-        begin = kv.sink + (int)((int64_t)coded * part / parts) + rank;
-        const int end = kv.sink + (int)((int64_t)coded * (part + 1) / parts);
-        count = there() && begin < end ? (end - begin + team - 1) / team : 0;
+        const int each = coded / parts, more = coded - each * parts;    // the first ones have one more
+        begin = kv.sink + each * part + min(part, more) + rank;
+        const int blocks = each + (part < more) - rank;
+        count = there() && blocks > 0 ? (blocks + team - 1) / team : 0;
     }
     __device__ bool there() const { return part < parts; }
+    // While the warp goes through its blocks every register is needed for them: the rest is in shared memory then.
+    __device__ void keep(uint32_t at) const {
+        store_shared(at, kept(task, n, h, q0)), store_shared(at + 16, kept(part, parts, slot, pos)), store_shared(at + 32, kept(n_blocks, coded, rank, teams));
+    }
+    __device__ void fetch(uint32_t at) {
+        const int4 a = load_shared<int4>(at), b = load_shared<int4>(at + 16), c = load_shared<int4>(at + 32);
+        task = a.x, n = a.y, h = a.z, q0 = a.w, part = b.x, parts = b.y, slot = b.z, pos = b.w, n_blocks = c.x, coded = c.y, rank = c.z, teams = c.w;
+    }
+    __device__ static Words<4> kept(int a, int b, int c, int d) { return {{(uint32_t)a, (uint32_t)b, (uint32_t)c, (uint32_t)d}}; }
     __device__ void sync() const {    // the team's warps
         if (team == 1) __syncwarp();
         else asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / team), "r"(32 * team) : "memory");
@@ -85,28 +97,32 @@ template <class K, class V, class S> struct BlockRing {
     static_assert(S::MEAN <= 128, "a word a lane");
     int count, every;                                          // blocks, and from one to the next
     int table, base;                                           // where in the block table and in the table of angles the first one is
-    const uint8_t *k_from, *v_from, *mean_from;                // of number 0, the lane's bytes
-    uint32_t k_bytes, v_bytes, slots, means;                   // from one number to the next; the lane's first slots
+    uint32_t k_from, v_from;                                   // of number 0, the lane's bytes, in sixteens: as addresses they would be twice as many registers
+    uint32_t slots, means;                                     // the lane's first slots
     int next[AHEAD], after;                                    // numbers in the pool, from the next values to load on; the one behind
 
+    // Asks for the numbers of the first blocks; start, for the blocks.
+    __device__ void ask(const DecodeArgs &a, const Part &p) {
+        count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + p.begin;
+        if (count == 0) return;
+        after = entry(a, 0);
+        for (int i = 0; i < AHEAD; i++) next[i] = entry(a, i + 1);
+    }
     __device__ void start(const DecodeArgs &a, const Part &p) {
-        const uint8_t *const keys = a.kv.k_sealed + first(a, p) * stride<K>, *const values = a.kv.v_sealed + first(a, p) * stride<V>;
-        count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + p.begin, base = p.begin * K::d + K::d / 64 * lane();
-        k_from = opaque(keys + 16 * lane()), v_from = opaque(values + 16 * lane()), mean_from = opaque(keys + offsetof(KB, mean) + 4 * lane());
-        k_bytes = a.kv.Hkv * stride<K>, v_bytes = a.kv.Hkv * stride<V>;
+        base = p.begin * K::d + K::d / 64 * lane();
+        k_from = opaque(p.h * (stride<K> / 16) + lane()), v_from = opaque(p.h * (stride<V> / 16) + lane());
         slots = opaque(S::slots(p.warp) + 16 * lane()), means = opaque(S::means(p.warp) + 4 * lane());
         if (count == 0) return;
-        const int number = entry(a, 0);
-        for (int i = 0; i < AHEAD; i++) next[i] = entry(a, i + 1);
-        for (int i = 0; i < AHEAD; i++) load_mean(i, i == 0 ? number : next[i - 1]);
-        load_keys(0, number);
-        load_values(0, number);
+        const int number = after;
+        for (int i = 0; i < AHEAD; i++) load_mean(a, i, i == 0 ? number : next[i - 1]);
+        load_keys(a, 0, number);
+        load_values(a, 0, number);
     }
     // Block 1, when prepare_queries is done with its place.
     __device__ void load_second(const DecodeArgs &a) {
         if (count == 0) return;
         release_keys(a, -1);
-        release_values(-1);
+        release_values(a, -1);
     }
     __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + j % 2 * S::SLOT; }
     __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
@@ -117,11 +133,11 @@ template <class K, class V, class S> struct BlockRing {
     // All lanes are done with the keys, with the values, of block j.
     __device__ void release_keys(const DecodeArgs &a, int j) {
         after = entry(a, j + 2 + AHEAD);    // half a block before it is needed
-        load_mean(j + 1 + AHEAD, next[AHEAD - 1]);
-        load_keys(j + 2, next[0]);
+        load_mean(a, j + 1 + AHEAD, next[AHEAD - 1]);
+        load_keys(a, j + 2, next[0]);
     }
-    __device__ void release_values(int j) {
-        load_values(j + 2, next[0]);
+    __device__ void release_values(const DecodeArgs &a, int j) {
+        load_values(a, j + 2, next[0]);
         for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
         next[AHEAD - 1] = after;
     }
@@ -137,14 +153,17 @@ template <class K, class V, class S> struct BlockRing {
 
   private:
     __device__ static int lane() { return threadIdx.x % 32; }
-    __device__ static int64_t first(const DecodeArgs &a, const Part &p) { return (int64_t)a.layer * a.kv.n_blocks * a.kv.Hkv + p.h; }    // as kv.sealed_at
+    template <class Format> __device__ static const uint8_t *bytes_of(const uint8_t *blocks, uint32_t from, const DecodeArgs &a, int number) {
+        return blocks + (uint64_t)(from + (uint32_t)number * (a.kv.Hkv * (stride<Format> / 16))) * 16;
+    }
     __device__ int entry(const DecodeArgs &a, int j) const {
         int number;    // asked for here, not where it is needed
         asm volatile("ld.global.s32 %0, [%1];" : "=r"(number) : "l"(a.kv.table + table + min(j, count - 1) * every));
         return number;
     }
-    __device__ void load_mean(int j, int number) const {
-        copy_async4(means + j % S::MEANS * S::MEAN, mean_from + (uint64_t)(uint32_t)number * k_bytes, j < count && lane() < S::MEAN / 4);
+    __device__ void load_mean(const DecodeArgs &a, int j, int number) const {
+        const uint8_t *const from = bytes_of<K>(a.k_blocks, k_from, a, number) + ((int)offsetof(KB, mean) - 12 * lane());
+        copy_async4(means + j % S::MEANS * S::MEAN, from, j < count && lane() < S::MEAN / 4);
     }
     // `from` and `to` are the lane's.
     template <int BYTES> __device__ static void copy(uint32_t to, const uint8_t *from, bool wanted) {
@@ -152,9 +171,11 @@ template <class K, class V, class S> struct BlockRing {
         for (int at = 0; at < BYTES; at += 512) copy_async16(to + at, from + at, wanted && (at + 512 <= BYTES || at + 16 * lane() < BYTES));
         asm volatile("cp.async.commit_group;" ::: "memory");
     }
-    __device__ void load_keys(int j, int number) const { copy<S::SLOT_K>(slots + j % 2 * S::SLOT, k_from + (uint64_t)(uint32_t)number * k_bytes, j < count); }
-    __device__ void load_values(int j, int number) const {
-        copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, v_from + (uint64_t)(uint32_t)number * v_bytes, j < count);
+    __device__ void load_keys(const DecodeArgs &a, int j, int number) const {
+        copy<S::SLOT_K>(slots + j % 2 * S::SLOT, bytes_of<K>(a.k_blocks, k_from, a, number), j < count);
+    }
+    __device__ void load_values(const DecodeArgs &a, int j, int number) const {
+        copy<S::SLOT_V>(slots + j % 2 * S::SLOT + S::SLOT_K, bytes_of<V>(a.v_blocks, v_from, a, number), j < count);
     }
     template <int IN_FLIGHT> __device__ static void wait() {
         asm volatile("cp.async.wait_group %0;" ::"n"(IN_FLIGHT) : "memory");
@@ -164,28 +185,28 @@ template <class K, class V, class S> struct BlockRing {
 
 // The tasks of a team, one after the other.
 template <class K, class V, class S, int Q> struct Turns {
-    const int tasks, teams;
-    int task;
     Part p;
     BlockRing<K, V, S> ring;
     __device__ Turns(const DecodeArgs &a)
-        : tasks(a.b.N * a.kv.Hkv * a.chunks * a.reach), teams(gridDim.x * (S::WARPS / a.team)), task(blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team)),
-          p(a, task, Q) {}
+        : p(a, blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team), Q, gridDim.x * (S::WARPS / a.team)) {}
+    __device__ static int tasks(const DecodeArgs &a) { return a.b.N * a.kv.Hkv * a.chunks * a.reach; }
     // Tables and first blocks; false: there is nothing to do for this thread block.  Positions and block tables are there before the
     // step's first kernel, so are the blocks that it reads as codes.
     __device__ bool start(const DecodeArgs &a) {
+        const bool one_task = p.teams == tasks(a) && a.team == S::WARPS;
+        if (one_task && !p.there()) return false;
+        ring.ask(a, p);
         Tables<K, V, S> tables;
         tables.load(a.kv);
-        const bool one_task = teams == tasks && a.team == S::WARPS;
-        if (one_task && !p.there()) return false;
         ring.start(a, p);
         if (!one_task || p.coded > 0) tables.store();
         wait_for_inputs();
         return true;
     }
     __device__ void go_on(const DecodeArgs &a) {
-        if ((task += teams) >= tasks) return;
-        p = Part(a, task, Q);
+        if ((p.task += p.teams) >= tasks(a)) return;
+        p = Part(a, p.task, Q, p.teams);
+        ring.ask(a, p);
         ring.start(a, p);
     }
 };

@@ -78,13 +78,14 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
-    for (; turns.task < turns.tasks; turns.go_on(a)) {
+    for (; p.task < turns.tasks(a); turns.go_on(a)) {
         if (!p.there()) continue;
         float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
         const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
         const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
         ring.load_second(a);
+        p.keep(S::part(warp));
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(a, base, 0);
@@ -194,8 +195,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
             for (int c = 0; c < C; c++) plain[c] = fmaf(s1_sum, mean.x[c], plain[c]);
             __syncwarp();
-            ring.release_values(j);
+            ring.release_values(a, j);
         }
+
+        p.fetch(S::part(warp));
 
         // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's.
         WarpResult<D, 1> &result = *(WarpResult<D, 1> *)at_address(S::slots(warp));

@@ -19,9 +19,10 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
     // The mean scores of n blocks are made together.  Where their z was lie then the weights of the block at work, 512 bytes, and the mean
     // scores of the n - 1 that follow, 1 KB each; with one query those of all four, and weights behind them.
+    static constexpr int KEPT = 48;    // of a warp's Part
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
     static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, n * 1024 - 512); }
-    static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + 127) / 128 * 128; }
+    static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + KEPT + 127) / 128 * 128; }
     static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / warp_bytes(n), CODE_WARPS); }
     // Four where neither warps nor registers get scarce: E is read half as often.
     static constexpr int TOGETHER = Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
@@ -31,11 +32,12 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT, "does not fit");
-    // A warp's: z, at a multiple of 128, two blocks, token factors, means.
+    // A warp's: z, at a multiple of 128, two blocks, token factors, means, part.
     __device__ static uint32_t warp_at(int w) { return WARPS_AT + w * WARP; }
     __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
     __device__ static uint32_t factors(int w) { return slots(w) + 2 * SLOT; }
     __device__ static uint32_t means(int w) { return factors(w) + FACTORS; }
+    __device__ static uint32_t part(int w) { return means(w) + MEANS * MEAN; }
     __device__ static uint32_t E(int lane) { return E_AT + 16 * lane; }
     // A lane's copy of a codebook.
     template <class Format> __device__ static uint32_t copy(uint32_t table, int lane) { return table + (Format::channels == 8 ? lane % 16 * 8 : lane * 4); }
@@ -195,23 +197,26 @@ template <class S, int M> __device__ inline void multiply_E(float (&c)[M][4][4],
             for (int m = 0; m < M; m++) mma(c[m][tile], e, z[m][2 * k], z[m][2 * k + 1]);
         }
 }
-// One copy of codeword k for every lane that reads it alone.  Loads and stores are apart, so that those of all tables wait together.
+// One copy of codeword k for every lane that reads it alone; a thread fills a row.  Loads and stores are apart, so that those of all tables
+// wait together.
 template <int C, int WARPS> struct TableRows {
-    static constexpr int EACH = (256 + WARPS - 1) / WARPS;
-    uint32_t v[EACH];
+    static constexpr int THREADS = 32 * WARPS, EACH = (256 + THREADS - 1) / THREADS, BYTES = C == 8 ? 8 : 4;
+    Words<BYTES / 4> v[EACH];
     __device__ void load(const int8_t *codebook) {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int k = min((int)threadIdx.x / 32 + i * WARPS, 255);
-            if constexpr (C == 2) v[i] = *(const uint16_t *)(codebook + 2 * k) * 0x10001u;
-            else v[i] = *(const uint32_t *)(codebook + k * C + (C == 8 ? threadIdx.x % 2 * 4 : 0));
+            const int8_t *const from = codebook + min((int)threadIdx.x + i * THREADS, 255) * C;
+            if constexpr (C == 2) v[i].x[0] = *(const uint16_t *)from * 0x10001u;
+            else memcpy(&v[i], __builtin_assume_aligned(from, BYTES), BYTES);
         }
     }
     __device__ void store(uint32_t table) const {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int k = threadIdx.x / 32 + i * WARPS;
-            if (k < 256) store_shared(table + k * ROW + threadIdx.x % 32 * 4, v[i]);
+            const int k = threadIdx.x + i * THREADS;
+            Words<4> copies;
+            for (int w = 0; w < 4; w++) copies.x[w] = v[i].x[w % (BYTES / 4)];
+            for (int at = 0; at < ROW && k < 256; at += 16) store_shared(table + k * ROW + (at + k * 16) % ROW, copies);    // neighbours meet different banks
         }
     }
 };

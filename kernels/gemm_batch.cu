@@ -43,7 +43,8 @@ template <DType T> constexpr int BOX = T == DType::q4 ? 64 : 128;               
 template <DType T> constexpr int UNIT_BYTES = ROWS * BOX<T>;                          // of weights, a warp's in a stage
 template <DType T> constexpr int BOX_TILES = T == DType::f16 ? 1 : 7;    // of a box, at most
 constexpr int SCALES_AHEAD = 2;           // stages whose scales a lane has before they are needed
-constexpr int MOST_STAGES = 12, ENOUGH_STAGES = 4;
+constexpr int MOST_STAGES = 12;
+template <DType T> constexpr int ENOUGH_STAGES = T == DType::f16 ? 4 : 2;    // codes keep a warp busy for longer: rather more warps
 constexpr int SUM_PITCH = WARPS * ROWS + 4;    // from a row of x to the next in the sums: lanes meet different banks
 constexpr int SQUARE_SUMS = 16;           // of a row: each adds up every so many-th of its squares
 constexpr int AT_ONCE = 4;                // results of a thread
@@ -60,7 +61,7 @@ struct Shares {
     template <DType T> HD int x_at() const { return parts * tiles * UNIT_BYTES<T>; }    // a stage is [part][tile] weights, [part] x
     template <DType T> HD static int x_bytes(int groups) { return STEP<T> / ROW_STEP * row16_bytes(groups); }    // of a part
     template <DType T> HD int stage_bytes(int groups) const { return x_at<T>() + parts * x_bytes<T>(groups); }
-    template <DType T> int stages(int shared) const { return std::min((shared - Shared<4>::RING) / stage_bytes<T>(4), MOST_STAGES); }
+    template <DType T, int GROUPS> int stages(int shared) const { return std::min((shared - Shared<GROUPS>::RING) / stage_bytes<T>(GROUPS), MOST_STAGES); }
 };
 
 // All thread blocks of a launch are at work at once (at most one a multiprocessor, and the next kernel's start after the last of these):
@@ -131,36 +132,35 @@ template <int GROUPS> __device__ inline void narrow_result(Rows16 rows, bool nor
 // The matrices, as boxes of STEP inputs: of a tile's rows; of those of as many as a copy brings.
 struct Maps { CUtensorMap of[MAX_PRODUCTS], many[MAX_PRODUCTS]; };
 
-// Two codes, bytes 2 r and 2 r + 1 of a word, times a scale.  With 0x64 before it a byte is 1,024 and itself as f16.
-__device__ inline unsigned scaled_bytes(unsigned codes, int r, float times, float less, __half2 scale) {
-    const unsigned u = __byte_perm(codes, 0x64646464, r ? 0x4342 : 0x4140);
-    __half2 h;
-    memcpy(&h, &u, 4);
-    h = __hmul2(__hfma2(h, __float2half2_rn(times), __float2half2_rn(-less)), scale);
-    unsigned w;
-    memcpy(&w, &h, 4);
-    return w;
-}
 // A of the two products of a group: codes of rows g and g + 8, lane t's 4t ... of its first and of its last 16 inputs (q4: the halves of
-// the same bytes), and their scales.
-template <DType T> __device__ inline void widen_group(unsigned (&a)[2][4], const unsigned (&codes)[2][2], const __half2 (&scale)[2]) {
+// the same bytes), times their scales.  A byte with 0x64 before it is 1,024 and itself as f16.
+constexpr unsigned ABOVE = 0x64646464;
+template <DType T> __device__ inline void widen_group(unsigned (&a)[2][4], const unsigned (&codes)[2][2], unsigned above, const __half2 (&scale)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            const unsigned c = T == DType::q4 ? codes[0][row] & (h ? 0xf0f0f0f0 : 0x0f0f0f0f) : codes[h][row] ^ 0x80808080;
             const bool sixteen = T == DType::q4 && h;    // times 16
+            const unsigned c = T == DType::q4 ? codes[0][row] & (sixteen ? 0xf0f0f0f0 : 0x0f0f0f0f) : codes[h][row] ^ 0x80808080;
 #pragma unroll
-            for (int r = 0; r < 2; r++)
-                a[h][2 * r + row] = scaled_bytes(c, r, sixteen ? 0.0625f : 1.0f, T == DType::q8 ? 1152 : sixteen ? 72 : 1032, scale[row]);
+            for (int r = 0; r < 2; r++) {
+                const unsigned u = __byte_perm(c, above, r ? 0x4342 : 0x4140);
+                __half2 w;
+                memcpy(&w, &u, 4);
+                w = sixteen ? __hfma2(w, __float2half2_rn(0.0625f), __float2half2_rn(-72)) : __hadd2(w, __float2half2_rn(T == DType::q8 ? -1152 : -1032));
+                w = __hmul2(w, scale[row]);
+                memcpy(&a[h][2 * r + row], &w, 4);
+            }
         }
 }
 
-// `made`: rows has g x already; into: where the next product wants its own, if not null.
+// `made`: rows has g x already; into: where the next product wants its own, if not null; above: ABOVE, which as a constant would take a
+// register an instruction for what selects bytes.
 template <DType T, int GROUPS>
 __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_constant__ Products p, const __grid_constant__ Maps maps, Tiles share, const float *x,
                                                                 const __grid_constant__ Rows16 rows, bool made,
-                                                                const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages) {
+                                                                const __grid_constant__ Rows16 into, int N, int in, Shares shares, int stages,
+                                                                unsigned above) {
     using S = Shared<GROUPS>;
     constexpr int STEP = cuda::STEP<T>, UNIT_BYTES = cuda::UNIT_BYTES<T>;
     extern __shared__ __align__(1024) uint8_t shared[];
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
     // Where the tile's rows lie in a stage: those of gate in a box, then those of up; the lane's, of load_matrices.
     const int my_box = my_tile / shares.box * shares.box, row = p.gated ? (my_tile - my_box) * (ROWS / 2) + lane % 8 + lane / 8 % 2 * (shares.box * ROWS / 2)
                                                                       : (my_tile - my_box) * ROWS + lane % 16;
-    const int lane_at = (part * shares.tiles + my_box) * UNIT_BYTES + row * BOX<T>;
+    const int pieces = BOX<T> / 16, lane_at = (part * shares.tiles + my_box) * UNIT_BYTES + row * BOX<T> + ((lane / 16) ^ row / (8 / pieces) % pieces) * 16;
     Ring::Place stage;
 #pragma unroll 1
     for (int round = 0; round < rounds; round++) {
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
                 if (my_tile < n_tiles && turn * parts + part < steps) {
                     const uint8_t *const here = stage_0 + stage.slot * stage_bytes;
                     const uint4 *const v = (const uint4 *)(here + x_at + part * x_bytes) + lane;
-                    const unsigned row = (unsigned)__cvta_generic_to_shared(here + lane_at);
+                    const unsigned codes_at = (unsigned)__cvta_generic_to_shared(here + lane_at);    // pieces change places: box_place
                     auto add = [&](const unsigned (&a)[2][4], int b) {
 #pragma unroll
                         for (int j = 0; j < GROUPS; j++) {
@@ -304,15 +304,15 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
 #pragma unroll
                         for (int b = 0; b < STEP / ROW_BLOCK; b++) {
                             unsigned a[2][4];
-                            for (int h = 0; h < 2; h++) load_matrices(a[h], row + ((b * 4 + h * 2 + lane / 16) ^ lane % 8) * 16);
+                            for (int h = 0; h < 2; h++) load_matrices(a[h], codes_at ^ (b * 4 + h * 2) * 16);
                             add(a, b);
                         }
                     } else {
                         unsigned loaded[4];
 #pragma unroll
                         for (int b = 0; b < STEP / ROW_BLOCK; b++) {
-                            if (T == DType::q8) load_matrices(loaded, row + ((2 * b + lane / 16) ^ lane % 8) * 16);
-                            else if (b % 2 == 0) load_matrices(loaded, row + ((b + lane / 16) ^ lane / 2 % 4) * 16);
+                            if (T == DType::q8) load_matrices(loaded, codes_at ^ 2 * b * 16);
+                            else if (b % 2 == 0) load_matrices(loaded, codes_at ^ b * 16);
                             const int first = T == DType::q4 ? b % 2 * 2 : 0;
                             const unsigned codes[2][2] = {{loaded[first], loaded[first + 1]}, {loaded[2], loaded[3]}};
                             __half2 scale[2];
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_batch_kernel(const __grid_con
                                 memcpy(&scale[i], &two, 4);
                             }
                             unsigned a[2][4];
-                            widen_group<T>(a, codes, scale);
+                            widen_group<T>(a, codes, above, scale);
                             add(a, b);
                         }
                     }
@@ -371,7 +371,7 @@ template <DType T> static Shares shares_of(int tiles) {
     const int most = (int)ceil_div(tiles, GPU_SMS), at_a_time = (int)ceil_div(most, ceil_div(most, TILES)), boxes = (int)ceil_div(at_a_time, BOX_TILES<T>);
     Shares s;
     s.box = (int)ceil_div(at_a_time, boxes), s.tiles = boxes * s.box, s.parts = 1;
-    for (Shares more = s; ++more.parts * s.tiles <= WARPS && more.stages<T>(H100_SHARED) >= ENOUGH_STAGES;) s = more;
+    for (Shares more = s; ++more.parts * s.tiles <= WARPS && more.stages<T, BATCH_ROWS / 8>(H100_SHARED) >= ENOUGH_STAGES<T>;) s = more;
     return s;
 }
 
@@ -419,7 +419,7 @@ template <DType T, int GROUPS> static void gemm_batch_of(const Products &p, cons
     if (!made) rows = other_rows(N, in);
     const Rows16 into = p.leaves ? leave_rows(N, p.out[0]) : Rows16{};
     const Shares s = shares_of<T>(p.tiles<ROWS>());
-    const int stages = s.stages<T>(most_shared);
+    const int stages = s.stages<T, GROUPS>(most_shared);
     const Tiles share(p.tiles<ROWS>());
     Maps maps = {};
     for (int m = 0; m < MAX_PRODUCTS; m++)
@@ -428,7 +428,7 @@ template <DType T, int GROUPS> static void gemm_batch_of(const Products &p, cons
             maps.many[m] = map_boxes(p.W[m].data, code_bytes(T, in), p.out[m], BOX<T>, p.tile_outs<ROWS>() * s.box);
         }
     launch(kernel, share.blocks(), THREADS, Shared<GROUPS>::RING + stages * s.stage_bytes<T>(GROUPS), p, maps, share, x, rows, made,
-           into, N, in, s, stages);
+           into, N, in, s, stages, ABOVE);
     if (into.x) rows_left(p.y[0], p.next.weight, N, p.out[0]);
 }
 template <DType T> static void gemm_batch_of(const Products &p, const float *x, int N, int in) {
