@@ -86,7 +86,8 @@ BENCHES := "--shape llama-3-8b -d 0,4096,32768,131072 --kv f16,nsn4b,nsn2b,nsn1"
     "--shape llama-2-7b -d 0,32768 --kv f16,nsn2b" "--shape llama-3.2-1b -d 0,32768 --kv f16,nsn2b" \
     "--shape llama-3-8b --dtype q8 -d 0 --kv f16" "--shape llama-3-8b --dtype q4 -d 0 --kv f16" \
     "--shape llama-3-8b -d 4096 -b 32 --kv f16,nsn2b -n 256" "--shape llama-3-8b -d 8192 -b max --kv f16,nsn2b" \
-    "--shape llama-2-7b -d 4096 -b max --kv f16,nsn2b,nsn1"
+    "--shape llama-2-7b -d 4096 -b max --kv f16,nsn2b,nsn1" "--shape llama-3-8b --dtype q4 -d 4096 -b 8 --kv nsn2b" \
+    "--shape llama-3-8b --dtype q8 -d 4096 -b 32 --kv nsn2b" "--shape llama-3-8b --dtype q4 -d 4096 -b 32 --kv nsn2b"
 ANCHORS ?= ../shared/bench/decode_attention_anchors.py
 # What fails is counted, and the rest goes on.
 bench: all $(BUILD)/bench_attention $(if $(filter 1,$(CUDA)),$(BUILD)/bench_decode $(BUILD)/bench_products)

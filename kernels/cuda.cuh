@@ -15,7 +15,7 @@ namespace cuda {
 
 extern cudaStream_t stream;
 
-constexpr int FEW_ROWS = 8;    // steps of up to so many rows: products, and attention if no slot has two, give a row the same bits in any of them
+constexpr int FEW_ROWS = 8;    // steps of up to so many rows: attention, if no slot has two, gives a row the same bits in any of them
 constexpr int GPU_SMS = 132;   // multiprocessors of an H100; a constant, so that every GPU adds in the same order
 
 // The rows of one slot in this step: rows row..row+rows-1.

@@ -1,17 +1,27 @@
-/* gemm_batch - products of 9 to 32 rows of x on CUDA, the kernels of a decode step of a batch: every weight is read once.
+/* gemm_batch - products of 5 to 32 rows of x on CUDA, the kernels of a decode step of a batch: every weight is read once.
 
    y[n,o] = s[n] sum_i W[o,i] (g[i] x[n,i])          letters as in gemv.cu; norm, add and gated happen here, too
 
    Math      Tensor cores, m16n8k16: 16 rows of W times 8 rows of x; g x is rounded to f16, sums are f32, s comes last.
-   Order     A warp adds up every so many-th 64 inputs from left to right, then the parts of a tile's warps are added in their order.
-             Fixed by in and out: a row has the same bits in every step of 9 to 32 rows.
+             q8 and q4 (groups.h): a code times its scale becomes f16 on its way from shared memory, q8 rounded, q4 exactly.
+   Order     A warp adds up every so many-th step of inputs from left to right, then the parts of a tile's warps are added in their order.
+             Fixed by in, out and the type: a row has the same bits in every step of 5 to 32 rows.
    Work      Weights are read once, but x by everybody who has other outputs: as f16, in the order in which the tensor core takes it, it
              costs next to nothing (copies alone, gate and up of Llama-3-8B: weights 77.1 us, with x 77.7, with x in f32 102.6).  So whoever
              makes x leaves it like that (rows16.cuh); if nobody did, the thread blocks make it together, and meet.
-   Layout    A stage of the ring (ring.cuh) has 64 inputs of a tile of 16 outputs for each warp, and their x.  One warp asks for weights, before
-             the kernel that makes x is done, one thread for x: bulk copies, weights as boxes of a matrix (tensor maps, CUDA driver
-             API), so that those 16 warps only multiply.  Rows of a box change places so that they meet all banks.
-   Cost      In a step of 32 sequences of Llama-3-8B (clocks read in the kernels), us from one kernel's x to the next one's: gate and up 85 (77 at
+   Layout    A stage of the ring (ring.cuh) has 64 inputs, of codes 128, of a tile of 16 outputs for each warp, and their x.  One warp asks for
+             weights, before the kernel that makes x is done, one thread for x: bulk copies, weights as boxes of a matrix (tensor maps, CUDA
+             driver API), so that those 16 warps only multiply.  Rows of a box change places so that they meet all banks.  Scales go from
+             memory to the lanes that need them, two stages ahead.
+   Cost      Products of a step of Llama-3-8B, us (bench_products): 8 rows f16 5,370, q8 3,510, q4 2,740; 32 rows 5,700, 4,040, 3,570.  Before, 8 rows
+             in gemv.cu and gemv_groups.cu took 8,580, 7,510 and 4,890, 32 rows of codes, widened for cuBLAS, 14,840 and 13,740.
+             Codes: a warp takes 198 instructions for a step of 128 inputs and 8 rows, 248 of 32 rows (q4).  ncu, gate and up, 8 rows: 44% of
+             the issue slots, 44% of the bandwidth; of 9 cycles between two instructions of a warp 2.9 wait for memory, 1.7 are those of
+             warps without a tile, 1.6 fixed latencies.  Down, with two tiles a multiprocessor, is the furthest from memory: 33%.
+             Tried, q4, 8 and 32 rows: a copy a tile, and scales in boxes of 16 bytes 4,040 and 4,474, asking takes longer than what is asked
+             for; seven tiles a copy, and scales by lanes 2,902 and 3,780; then 0x64646464 as an argument, not a constant, 2,732 and 3,835;
+             then two stages at least in place of four, and more warps, 2,742 and 3,568.  f16 in copies of seven tiles: 5,740 for 5,700.
+             f16: in a step of 32 sequences of Llama-3-8B (clocks read in the kernels), us from one kernel's x to the next one's: gate and up 85 (77 at
              the read bandwidth), down 47 (38), qkv 21 (16), wo 19 (11); 4,560 to 4,589 tok/s at 4k (nsn2b), 4,242 to 4,260 when clusters of
              thread blocks shared the inputs and each made its x f16 for itself.  (Clocks are of the version with two stages before x.)
              What is left: 2 to 3 us until the first products, 1.3 to 3.2 after the last; thread blocks that start late have an empty ring.
@@ -24,9 +34,9 @@
              Tried before: x as two f16 (split_f16): 2.1 us a step of 64 inputs where memory takes 1.2; thread blocks of half a multiprocessor,
              so that the next kernel's fill their ring beside them: 3,918 tok/s for 4,144; asking for the first 8, 16 or 32 MB of the next
              product's weights to come to L2: 4,043, 4,039 and 3,955 tok/s for 4,085.
-   Limits    9 <= N <= 32; f16 weights, in a multiple of 8, at most 65,536, all of it aligned to 16 bytes; |g x| < 65,520; compute capability 9.0, 227 KB of
-             shared memory a thread block.
-   Tested by tests/test_cuda_matmul.cpp                         Timed by ./run --bench -b 32                        */
+   Limits    5 <= N <= 32; in a multiple of 8, of codes of 256, at most 65,536; all of it aligned to 16 bytes; |g x| and |w| < 65,520; compute
+             capability 9.0, 227 KB of shared memory a thread block.
+   Tested by tests/test_cuda_batch.cpp                Timed by tests/bench_products.cu, ./run --bench -b 32                        */
 #ifdef __CUDACC__
 #include <algorithm>
 #include "gemv.cuh"

@@ -12,23 +12,22 @@
    Cost      Few rows: each weight is read once, 2 N flops for its 2 or 4 bytes; memory speed is the limit.
              Llama-3-8B in bf16 is 16.1 GB a step.  Many rows: 2 N in out flops; a tile of W is widened to f32 once and
              used by all rows, four rows times four outputs a turn (8 loads for 16 multiply-adds).
-   On CUDA   Up to FEW_ROWS rows: kernels of ours at memory speed (gemv.cu), f32 activations, one order of addition for any
+   On CUDA   Few rows: kernels of ours at memory speed (gemv.cu, gemv_groups.cu), f32 activations, one order of addition for any
              number of rows; products of one x are one launch, and what is done with x (norm) and with a result (add, gate)
-             happens where it is.
-             9 to 32 rows of f16 on an H100: a kernel of ours, too (gemm_batch.cu); x is rounded to f16, a row's bits are the same
-             in any of those steps.
+             happens where it is.  Up to GEMV_ROWS rows; up to FEW_ROWS where the next does not serve.
+             Up to 32 rows of f16, q8 and q4 on an H100: a kernel of ours, too (gemm_batch.cu); x is rounded to f16, a row's bits are the
+             same in any of those steps.
              More rows: cuBLAS, sums in f32; activations stay f32 for f32 weights, are rounded to f16 for f16, and are
              split into two bf16 numbers for bf16, each with a product of its own.  Models in bf16 are f16 on the GPU
              wherever their weights allow it (cuda_ops.cu), so that the last is rare.  cuBLAS chooses its order by the
              shape, so there, and only there, a row's last bits depend on the number of rows.
-             Weights in q8 and q4: gemv_groups.cu; for many rows a slab of them at a time is widened to f16 (matmul_groups.cu) and goes
-             the way of f16.
+             Many rows of q8 and q4: a slab of them at a time is widened to f16 (matmul_groups.cu) and goes the way of f16.
              Tried: activations in one bf16: half the work, but logits of the golden bf16 models are off by 6e-3 to 1e-2, and
              the PPL of books-5m moves by 0.037%; with two by 0.0005%.
    Limits    in, out, N >= 1, in a multiple of 32 for q8 and q4; any alignment on the CPU, weights and rows of x (and of norms)
              aligned to 16 bytes on CUDA where in is a multiple of 8.  With f16, q8 or q4 weights on CUDA many rows need
              |x| < 65,520, few rows what gemv.cu says.
-   Tested by tests/test_ops.cpp, tests/test_cuda_matmul.cpp     Timed by ./run model.bin --bench                     */
+   Tested by tests/test_ops.cpp, tests/test_cuda_matmul.cpp, tests/test_cuda_batch.cpp     Timed by ./run model.bin --bench                     */
 #include <algorithm>
 #include <vector>
 #include "ops.h"

@@ -1,6 +1,7 @@
 /* matmul_groups - products with weights in q8 and q4 on CUDA (groups.h; on the CPU: dot_groups.h).
 
    few rows    gemv_groups.cu, where it serves; else a kernel for any number of inputs, here
+   a batch's   gemm_batch.cu, where it serves
    many rows   W is widened to f16, a slab at a time, and goes through cuBLAS: matmul.cu
 
    Limits    in a multiple of 32; widened q8: |w| < 65,520.

@@ -5,9 +5,9 @@
 // Activations are f32, row-major.  An output never overlaps an input unless the comment says "in place".
 //
 // Row n's result never depends on the other rows of the step, on their number or on the thread count: every backend adds
-// up in an order that is fixed by the shapes of one row and of the cache.  Exceptions, on CUDA with more than 8 rows: matmul has one
-// order up to 32 rows and cuBLAS's beyond, which depends on their number (matmul.cu), decode attention takes longer segments
-// (attention_decode.cu), and prefill attention has an order of its own, the same for every step of more than 8 rows (attention_prefill.cu).
+// up in an order that is fixed by the shapes of one row and of the cache.  Exceptions, on CUDA: matmul has an order
+// for up to 4 rows, one for up to 32 and cuBLAS's beyond, which depends on their number (matmul.cu); with more than 8 rows decode attention
+// takes longer segments (attention_decode.cu), and prefill attention has an order of its own, the same for any such step (attention_prefill.cu).
 #pragma once
 #include <cstddef>
 #include <cstdint>

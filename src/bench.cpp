@@ -8,7 +8,6 @@
 #include "report.h"
 
 constexpr int64_t BANDWIDTH_BYTES = (int64_t)1 << 30, BANDWIDTH_PIECE = 1 << 24;    // far more than any cache
-constexpr int BENCH_ROWS = 512, DEVICE_ROWS = 2048;    // of a prefill step, on the CPU and elsewhere
 
 static double measure_bandwidth(const Ops &ops, int64_t bytes) {
     void *buffer = ops.alloc(bytes);
@@ -154,7 +153,7 @@ int largest_batch(const Model &m, const Ops &ops, const Options &o, const KvOpti
     int fits = 0, too_many = MOST_BATCH + 1;
     while (too_many - fits > 1) {
         const int B = fits + (too_many - fits) / 2;
-        (memory_need(m, ops, bench_plan(o, kv, B, depth, BENCH_ROWS)).total() <= room ? fits : too_many) = B;
+        (memory_need(m, ops, bench_plan(o, kv, B, depth, PREFILL_ROWS)).total() <= room ? fits : too_many) = B;
     }
     return fits;
 }
@@ -199,7 +198,7 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
     auto measure = [&](const KvOptions &kv, int B, const std::vector<int> &depths) {
         std::vector<int> fitting;
         for (const int depth : depths) {
-            const MemoryPlan plan = bench_plan(o, kv, B, depth, BENCH_ROWS);
+            const MemoryPlan plan = bench_plan(o, kv, B, depth, PREFILL_ROWS);
             const std::string line = memory_problem(m, ops, plan);
             if (line.empty()) fitting.push_back(depth);
             else {
@@ -209,8 +208,7 @@ void bench(const Model &m, const Ops &ops, const Options &o, int64_t memory_befo
             }
         }
         if (fitting.empty()) return;
-        MemoryPlan plan = bench_plan(o, kv, B, fitting.back(), strcmp(ops.name, cpu_ops.name) == 0 ? BENCH_ROWS : DEVICE_ROWS);
-        if (!memory_problem(m, ops, plan).empty()) plan = bench_plan(o, kv, B, fitting.back(), BENCH_ROWS);
+        const MemoryPlan plan = prefill_plan(m, ops, [&](int rows) { return bench_plan(o, kv, B, fitting.back(), rows); });
         bench_cache(m, ops, o, plan, fitting, memory_before, print_row);
     };
     for (const KvOptions &kv : o.kvs)

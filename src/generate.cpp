@@ -7,8 +7,6 @@
 #include "json.h"
 #include "report.h"
 
-constexpr int STEP_ROWS = 512;    // rows of a step: weights are read once for that many tokens
-
 // A prompt and the text that it becomes.
 struct Story {
     std::string name;                // for errors: "prompt", or "prompt, line 3"
@@ -107,13 +105,17 @@ void generate(const Model &m, const Ops &ops, const Options &o) {
     for (const Story &s : stories) slot_len = std::max(slot_len, s.n_prompt + s.wanted), longest = std::max(longest, s.n_prompt);
     const int slots = (int)std::min<size_t>(std::max(1, o.batch), stories.size());
     // An exact prompt is one step (kv_block.h); every other sequence has its row in that step too.
-    const int rows = o.kv.exact_prefill ? longest + slots - 1 : (int)std::min<int64_t>(std::max(STEP_ROWS, slots), (int64_t)slots * longest);
-    announce_memory(m, ops, {o.kv, slots, slot_len, rows, slots}, false);
+    const MemoryPlan plan = prefill_plan(m, ops, [&](int rows) {
+        if (o.kv.exact_prefill) rows = longest + slots - 1;
+        else rows = (int)std::min<int64_t>(std::max(rows, slots), (int64_t)slots * longest);
+        return MemoryPlan{o.kv, slots, slot_len, rows, slots};
+    });
+    announce_memory(m, ops, plan, false);
     if (context > c.max_len) fprintf(stderr, "note: -c %d is beyond the %d positions the model was trained for\n", context, c.max_len);
     KvCache cache;
     kv_cache_open(cache, ops, c, o.kv, slots, slot_len);
     Activations a;
-    activations_open(a, ops, c, rows, slots);
+    activations_open(a, ops, c, plan.rows, slots);
     std::vector<float> logits((size_t)slots * c.vocab);
 
     std::vector<Story *> running(slots, nullptr);        // by slot
@@ -126,7 +128,7 @@ void generate(const Model &m, const Ops &ops, const Options &o) {
     std::vector<uint64_t> hashes;
     while (printed < stories.size()) {
         const auto start = std::chrono::steady_clock::now();
-        int spare = rows;
+        int spare = plan.rows;
         for (int s = 0; s < slots; s++) {
             if (!running[s] && next < stories.size()) {
                 kv_cache_clear(cache, s);

@@ -28,6 +28,16 @@ MemoryNeed memory_need(const Model &m, const Ops &ops, const MemoryPlan &plan);
 // fit: the longest context, the most sequences and the formats, each with everything else as planned.
 std::string memory_problem(const Model &m, const Ops &ops, const MemoryPlan &plan);
 
+// Rows of a prefill step: a device reads all weights for each, and widens those in codes.  Llama-3-8B, prompts of 4,096 tokens on an H100:
+// 512 rows 25,250 tok/s, 14,000 with weights in q4; 1,024 28,500 and 18,240; 2,048 30,180 and 20,840.
+constexpr int PREFILL_ROWS = 512, DEVICE_PREFILL_ROWS = 2048;
+// plan_of(rows), of those that pay if there is memory for them.
+template <class PlanOf> MemoryPlan prefill_plan(const Model &m, const Ops &ops, PlanOf plan_of) {
+    if (std::string(ops.name) == cpu_ops.name) return plan_of(PREFILL_ROWS);
+    const MemoryPlan plan = plan_of(DEVICE_PREFILL_ROWS);
+    return memory_problem(m, ops, plan).empty() ? plan : plan_of(PREFILL_ROWS);
+}
+
 // Fails with that line, before anything is allocated.  Otherwise tells stderr what is about to be, unless quiet.
 void announce_memory(const Model &m, const Ops &ops, const MemoryPlan &plan, bool quiet);
 
