@@ -28,6 +28,7 @@ struct Part {
         store_shared(at, kept(task, n, h, q0)), store_shared(at + 16, kept(part, parts, slot, pos)), store_shared(at + 32, kept(n_blocks, coded, rank, teams));
     }
     __device__ void fetch(uint32_t at) {
+        __syncwarp();
         const int4 a = load_shared<int4>(at), b = load_shared<int4>(at + 16), c = load_shared<int4>(at + 32);
         task = a.x, n = a.y, h = a.z, q0 = a.w, part = b.x, parts = b.y, slot = b.z, pos = b.w, n_blocks = c.x, coded = c.y, rank = c.z, teams = c.w;
     }
