@@ -18,7 +18,7 @@
                        (hi, lo) where k is an even channel, else 0; moved by a byte they serve the odd channels.
    Memory    Shared, by address:
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
-                     a warp: z, 2 blocks, token factors, 4 means; where z was, then weights and the second block's mean scores
+                     a warp: z, 2 blocks, token factors, 4 means, its part; where z was, then weights and the second block's mean scores
    Cost      ncu, d 128, 32 rows, 8 kv heads, 8,192 tokens, of a block in a multiprocessor (ncu's own run takes 11% longer than calls
              back to back): clocks; warp instructions, share of the issue slots; wavefronts of shared memory, share of the clocks
                nsn4b 756   1,435 48%   530 70%          nsn2b 494   1,082 55%   341 69%
@@ -27,7 +27,8 @@
              and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
              registers allow, wait for fixed latencies (1.1 of 5 cycles between two instructions of a warp), shared memory (0.9), each other
              (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
-             for its signs.  With a byte of signs a code nsn2 had 1,544 instructions (sign_place): 91.8 us for 89.4 to 90.0.
+             for its signs.  (nsn2 before its part waited in shared memory: 22 spilled registers came and went in every block, 3 since,
+             79.5 to 81 us for 90 to 91; nsn1 62 to 63 for 64.5.)  With a byte of signs a code it had 1,544 instructions (sign_place).
              Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
              asked for only behind the values.
              d 64, 32 rows: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
@@ -39,6 +40,18 @@
              (67.9 for 67.1); codes of the values in registers before the softmax (68.0 for 67.5), and their place free then (69.9, but
              11.2 for 11.5 at one row); the copy of keys without their mean (spills); warps that take the next of many small parts by a
              counter (103 to 139 for 96: what a part costs by itself).
+   Fixed     What a call takes for no tokens, from one row of 32,768 and 4,096 tokens (heads with one query) or 131,072 and 8,192 (GQA-4): nsn2b
+             8.4 and 8.7 us, nsn1 8.1 and 8.3.  globaltimer, read by warp 0 of the thread block that ends last, us from the end of the call before:
+               GQA-4, 1,024 tokens: inputs 0.5, queries turned 0.8, their integers 1.3, in registers 1.7, blocks there 2.3, done with one 5.2,
+                     exact tokens and R 6.0, all warps 6.6, merged 7.2, handed on 7.9, parts read 8.4, y 8.8, end 9.0
+               8,192 tokens, where a multiprocessor is free only when the call before ends: it starts at -0.3, has its part 0.6, asks for
+                     tables 0.9, for blocks 2.0, has tables 2.2, inputs 2.3, queries 3.7, one block 4.4 to 7.1, merged 8.8, end 10.7
+             One block takes 1,167 instructions, 4.4 clocks each: too few warps to hide what each waits for (ncu, of 7.1 cycles: team 2.1, shared
+             memory 1.2, fixed latencies 1.2, others' turn 0.6, global memory 0.6, instructions 0.3).  Handing on is a store, a fence and an atomic.
+             What made it shorter, 4,096 tokens, heads with one query: 11.4 us for 12.0: block numbers asked for before tables, a row of a
+             table by a thread that reads one codeword (22 loads before), two divisions less, four warps' results at a time.
+             Tried: angles of the queries before inputs are there: 11.2 for 10.9 (8,192 tokens; spills); slot and position before any division, tables
+             before both: 10.7 for 10.7, 64 heads and 16 rows 69.0 for 66.6; parts of two blocks: 1,024 tokens 8.1 for 9.2, 4,096 9.8 for 9.2.
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include <algorithm>

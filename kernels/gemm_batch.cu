@@ -16,7 +16,7 @@
    Cost      Products of a step of Llama-3-8B, us (bench_products): 8 rows f16 5,370, q8 3,510, q4 2,740; 32 rows 5,700, 4,040, 3,570.  Before, 8 rows
              in gemv.cu and gemv_groups.cu took 8,580, 7,510 and 4,890, 32 rows of codes, widened for cuBLAS, 14,840 and 13,740.
              Codes: a warp takes 198 instructions for a step of 128 inputs and 8 rows, 248 of 32 rows (q4).  ncu, gate and up, 8 rows: 44% of
-             the issue slots, 44% of the bandwidth; of 9 cycles between two instructions of a warp 2.9 wait for memory, 1.7 are those of
+             the issue slots, 44% of the bandwidth; of 9 cycles between two instructions of a warp 3.0 wait for memory, 1.7 are those of
              warps without a tile, 1.6 fixed latencies.  Down, with two tiles a multiprocessor, is the furthest from memory: 33%.
              Tried, q4, 8 and 32 rows: a copy a tile, and scales in boxes of 16 bytes 4,040 and 4,474, asking takes longer than what is asked
              for; seven tiles a copy, and scales by lanes 2,902 and 3,780; then 0x64646464 as an argument, not a constant, 2,732 and 3,835;
