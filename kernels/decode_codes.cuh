@@ -154,6 +154,7 @@ template <class K, class V, class S> struct BlockRing {
 
   private:
     __device__ static int lane() { return threadIdx.x % 32; }
+    // Of block `number`, the lane's; `from` as above.
     template <class Format> __device__ static const uint8_t *bytes_of(const uint8_t *blocks, uint32_t from, const DecodeArgs &a, int number) {
         return blocks + (uint64_t)(from + (uint32_t)number * (a.kv.Hkv * (stride<Format> / 16))) * 16;
     }

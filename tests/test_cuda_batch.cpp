@@ -4,6 +4,7 @@
 #include <memory>
 #include "product_case.h"
 
+namespace {
 // Weights of a type, and what the kernel multiplies with: q8 times its scale, rounded to f16.
 struct Weights {
     std::vector<float> f;
@@ -19,6 +20,7 @@ struct Weights {
         for (float &w : f) w = to_f32(to_f16(w));
     }
 };
+}    // namespace
 
 TEST_CASE("cuda: products of 5 to 32 rows against f64, and a row's bits in any of them") {
     const Ops *gpu = find_gpu();
@@ -36,7 +38,7 @@ TEST_CASE("cuda: products of 5 to 32 rows against f64, and a row's bits in any o
     for (const Case &c : cases) {
         if (!taken()) continue;
         INFO("in ", c.in, " out ", c.out, " dtype ", (int)c.type);
-        const int N = BATCH_ROWS, n_out = c.out / 2;
+        const int N = BATCH_ROWS, n_out = c.out / 2, kv_out = n_out / 2;
         const Weights W(*gpu, (size_t)c.in * c.out, c.type, 2);
         const Matrix all = W.on->m, up = W.on->behind((int64_t)n_out * c.in);
         REQUIRE(through_batch(c.type, N, c.in));
@@ -44,16 +46,19 @@ TEST_CASE("cuda: products of 5 to 32 rows against f64, and a row's bits in any o
         for (float &e : host) e = HostMatrix::round_to(e, DType::f16);    // as the GPU does where there is no norm
         const std::vector<float> old = random_floats((size_t)N * c.out, 5);
         const OnDevice<float> x(*gpu, host), gain(*gpu, random_floats(c.in, 6)), xn(*gpu, host.size()), y(*gpu, old.size()), gate(*gpu, (size_t)N * n_out),
-            room(*gpu, (size_t)N * n_out);
+            room(*gpu, (size_t)N * n_out), q(*gpu, (size_t)N * n_out), k(*gpu, (size_t)N * kv_out), v(*gpu, (size_t)N * kv_out);
         const StepOn step(*gpu, plain_rows(N), 1, 8, c.in);
         const NormedProducts normed(host, N, c.in, true, true, false, 1e-5f);
         auto run = [&](int n, int rows) {
             gpu->upload(y.p, old.data() + (size_t)n * c.out, (size_t)rows * c.out * 4);
             gpu->matmul_add(y.p, x.p + (size_t)n * c.in, all, rows, c.in, c.out, {});
             gpu->gated(gate.p, room.p, xn.p, x.p + (size_t)n * c.in, {gain.p, 1e-5f}, all, up, rows, c.in, n_out);
-            return std::vector<std::vector<float>>{y.host(), gate.host()};
+            // thread blocks with tiles of two of these, or of all
+            gpu->qkv(q.p, k.p, v.p, xn.p, x.p + (size_t)n * c.in, {gain.p, 1e-5f}, all, up, up, rows, c.in, n_out, kv_out);
+            return std::vector<std::vector<float>>{y.host(), gate.host(), q.host(), k.host(), v.host()};
         };
         const auto want = run(0, N);
+        CHECK(want[3] == want[4]);
         bool within = true;
         for (int r = 0; r < N; r++) {
             for (int o = 0; o < c.out; o++) {
@@ -69,14 +74,18 @@ TEST_CASE("cuda: products of 5 to 32 rows against f64, and a row's bits in any o
                 const double g = normed(W, r, o, &size), u = normed(W, r, n_out + o, &up_size), e = 1.0 + std::exp(-g);
                 const double slack = normed.bound * (1.1 * size * (std::fabs(u) + normed.bound * up_size) + std::fabs(g / e) * up_size);
                 within = within && std::fabs(want[1][(size_t)r * n_out + o] - g / e * u) <= slack + 1e-6 * std::fabs(g / e * u) + FLT_MIN;
+                within = within && std::fabs(want[2][(size_t)r * n_out + o] - g) <= normed.bound * size;
+                if (o < kv_out) within = within && std::fabs(want[3][(size_t)r * kv_out + o] - u) <= normed.bound * up_size;
             }
         }
         CHECK(within);
         for (int rows : {5, 7, 8, 9, 15, 16, 17, 24, 31, 32})
             for (int n : {0, N - rows}) {
                 const auto got = run(n, rows);
-                CHECK(same_bits(got[0].data(), &want[0][(size_t)n * c.out], (size_t)rows * c.out));
-                CHECK(same_bits(got[1].data(), &want[1][(size_t)n * n_out], (size_t)rows * n_out));
+                for (size_t i = 0; i < got.size(); i++) {
+                    const size_t outs = want[i].size() / N;
+                    CHECK(same_bits(got[i].data(), &want[i][n * outs], rows * outs));
+                }
             }
     }
 }
