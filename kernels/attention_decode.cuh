@@ -8,7 +8,7 @@
 namespace cuda {
 
 constexpr int MAX_PARTS = 128;     // of a row and kv head
-// Sealed blocks, at least, of a part of few rows.  Llama-3-8B in q4, depth 1,024, 2,048 and 4,096 (nsn2b), medians of three: 461, 459 and 450
+// Sealed blocks, at least, of a part of few rows.  Llama-3-8B in q4, depth 1,024, 2,048 and 4,096 (nsn2b), medians of three: 461, 460 and 450
 // tok/s; with 8 448, 450 and 451, with 2 459, 453 and 451.
 constexpr int BLOCKS_EACH = 4;
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache

@@ -41,7 +41,8 @@
              11.2 for 11.5 at one row); the copy of keys without their mean (spills); warps that take the next of many small parts by a
              counter (103 to 139 for 96: what a part costs by itself).
    Fixed     What a call takes for no tokens, from one row of 32,768 and 4,096 tokens (heads with one query) or 131,072 and 8,192 (GQA-4): nsn2b
-             8.4 and 8.7 us, nsn1 8.1 and 8.3.  globaltimer, read by warp 0 of the thread block that ends last, us from the end of the call before:
+             8.4 and 8.7 us, nsn1 8.1 and 8.3.  globaltimer, read by warp 0 of the thread block that ends last, us from the end of the call before,
+             with parts of 8 blocks:
                GQA-4, 1,024 tokens: inputs 0.5, queries turned 0.8, their integers 1.3, in registers 1.7, blocks there 2.3, done with one 5.2,
                      exact tokens and R 6.0, all warps 6.6, merged 7.2, handed on 7.9, parts read 8.4, y 8.8, end 9.0
                8,192 tokens, where a multiprocessor is free only when the call before ends: it starts at -0.3, has its part 0.6, asks for

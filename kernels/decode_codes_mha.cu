@@ -15,7 +15,7 @@
                nsn4b 684   1,134 42%   440 64%          nsn2b 394     764 49%   259 66%, memory 74%
                nsn2  434   1,064 62%   273 63%          nsn1  332     660 50%   249 75%
              nsn2b takes 111 us, of which memory alone would take 96: exact tokens and the ends of parts are the rest.  With a byte of signs
-             a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115 to 116.  One row, nsn2b: 11.9 us.
+             a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115 to 116.  One row, nsn2b: 11.3 us.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).
