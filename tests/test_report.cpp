@@ -54,6 +54,20 @@ TEST_CASE("memory: exactly enough is enough, a byte less is one line with exit c
     CHECK(memory_problem(m, ops, plan) == "");
 }
 
+TEST_CASE("memory: prefill steps have many rows on a device with room for them, few otherwise and on the CPU") {
+    const Model m = model_of(attention_config(2, 4, 128, 4));
+    auto plan_of = [](int rows) { return MemoryPlan{{}, 2, 2048, rows, 2}; };
+    auto rows = [&](const char *device, int64_t bytes) {
+        can_give = bytes;
+        return prefill_plan(m, small_device(device), plan_of).rows;
+    };
+    const int64_t many = memory_need(m, cpu_ops, plan_of(DEVICE_PREFILL_ROWS)).total();
+    CHECK(rows("device", many) == DEVICE_PREFILL_ROWS);
+    CHECK(rows("device", many - 1) == PREFILL_ROWS);
+    CHECK(rows("device", 0) == PREFILL_ROWS);    // whoever announces it says what is missing
+    CHECK(rows("cpu", many) == PREFILL_ROWS);
+}
+
 TEST_CASE("memory: what would fit does, and no more would") {
     const Model m = model_of(attention_config(2, 4, 128, 4));
     KvOptions against;
