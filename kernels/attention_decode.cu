@@ -3,7 +3,7 @@
    Math      q . k_t = (R q) . code_t + q . RoPE_t(plain_t),   sum p_t v_t = R (sum p_t code_t) + sum p_t plain_t
    Kernels   f16     both sides fp16: this page
              codes   both sides NSN: decode_codes.cu, and decode_codes_mha.cu for heads with one query
-             One launch a layer: who needs a query turns and scales it (load_query), who needs the row's own key and value rounds
+             One launch a layer: who needs a query turns and scales it (QueryTurn), who needs the row's own key and value rounds
              them and puts them into the ring (own_row).  The first sealed blocks are asked for before the kernel before is done.
              Before layer 0 one launch more seals what is due in all layers (kv_seal.cu).
    Work      The cache of a row and kv head is divided into parts; a part is a thread block's, and a team's of its warps in
@@ -38,15 +38,16 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
     __shared__ float scaled[Q][D];
     __shared__ f16 own_rows_here[2 * D];
     const KvView &kv = a.kv;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, heads = kv.Hkv * a.chunks, tasks = a.b.N * heads * a.reach;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tasks = a.b.N * a.heads.d * a.reach;
     let_next_start();
     bool waited = false;
     for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-        const int head = task % heads, n = task / heads % a.b.N, part = task / heads / a.b.N, h = head / a.chunks;    // parts that few rows have come last
+        const int others = a.heads(task), head = task - others * a.heads.d, part = a.rows(others);    // parts that few rows have come last
+        const int n = others - part * a.rows.d, h = a.chunks(head), q0 = (head - h * a.chunks.d) * Q, n_queries = min(Q, a.G - q0);
         const int slot = a.b.slot[n], pos = a.b.pos[n], units = pos / GROUP + 1, parts = parts_of(units, F16_WARPS, a.room);
         if (part >= parts) continue;
-        const int begin = (int)((int64_t)units * part / parts), end = (int)((int64_t)units * (part + 1) / parts), coded_end = kv.coded_end(pos, a.layer);
-        const int q0 = head % a.chunks * Q, n_queries = min(Q, a.G - q0);
+        const int each = (unsigned)units / (unsigned)parts, more = units - each * parts;    // the first ones have one more
+        const int begin = each * part + min(part, more), end = begin + each + (part < more), coded_end = kv.coded_end_at(pos, a.turn);
         const int64_t first = (int64_t)n * a.Hq + h * a.G + q0;
         int g = begin + warp;
         const int t0 = g % GROUPS * GROUP;
@@ -67,7 +68,9 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
             load_keys(g), load_values(g);
             for (int i = 4 * lane; i < GROUP * D; i += 128) *(float4 *)(&warps[warp].angles[0][0] + i) = *(const float4 *)(kv.rope.step + t0 * D + i);
         }
-        const QueryAngles<D> angles(a, pos);
+        QueryAngles<D> angles;
+        angles.load(a, pos);
+        const QueryTurn<D> turn = angles.sum();
         if (!waited) wait_for_inputs(), waited = true;    // positions are there before the step's first kernel
         const bool mine = end == units && (end - 1 - begin) % F16_WARPS == warp;
         const OwnRow own_rows = own_row<D>(a, n, slot, h, pos, mine, own_rows_here);
@@ -75,7 +78,8 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
         for (int c = lane; mine && !a.fresh() && c < D; c += 32) own_rows_here[c] = own_rows.k[c], own_rows_here[D + c] = own_rows.v[c];
         for (int q = warp; q < Q; q += F16_WARPS) {
             float x[D / 32] = {};
-            if (q < n_queries) load_query<D>(x, a, first + q, angles);
+            QueryRow<D> row;
+            if (q < n_queries) row.load(a, first + q), turn.turn(x, row);
             for (int p = 0; p < PAIRS; p++) scaled[q][PAIRS * lane + p] = x[p], scaled[q][D / 2 + PAIRS * lane + p] = x[PAIRS + p];
         }
         __syncthreads();
@@ -89,17 +93,16 @@ template <int D, int Q> __global__ void __launch_bounds__(32 * F16_WARPS, 2) dec
             tokens.add_values(score);
             if (g < end) load_values(g);
         }
-        float m[Q], l[Q];
-        tokens.totals(m, l);
+        const float l = tokens.total();
         __syncwarp();    // all have read the angles
-        warps[warp].result.put(m, l, tokens.o);
+        warps[warp].result.put(tokens.o, tokens.m, l);
         __syncthreads();
-        merge_warps<D, Q>(a, first, n_queries, part, parts, warp, F16_WARPS, [&](int w) -> const WarpResult<D, Q> & { return warps[w].result; });
+        merge_warps<D, Q, false>(a, first, n_queries, part, parts, warp, F16_WARPS, [&](int w) -> const WarpResult<D, Q> & { return warps[w].result; });
         __syncthreads();
     }
 }
 template <int D, int Q> static void decode_f16(const DecodeArgs &a) {
-    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks * a.reach, 2 * sm_count)), 32 * F16_WARPS, 0, a);
+    launch(decode_f16_kernel<D, Q>, dim3((unsigned)std::min<int64_t>((int64_t)a.b.N * a.kv.Hkv * a.chunks.d * a.reach, 2 * sm_count)), 32 * F16_WARPS, 0, a);
 }
 
 // ---- launch -------------------------------------------------------------------------------------------------
@@ -130,8 +133,10 @@ int64_t attention_decode_work_bytes(const StepShape &shape) {
     return most;
 }
 
-static bool serves(const KvView &kv, const Step &step) {
+static bool serves(const KvView &kv, const Step &step, int Hq) {
     const bool f16_only = kv.k_format == KvFormat::f16;
+    const int64_t N = step.pos.size();
+    if (N * std::max<int64_t>(N, (int64_t)Hq * Hq) > INT32_MAX) return false;    // quotients of tasks: Divider
     return step.single_rows() && !kv.ablate && (kv.d == 64 || kv.d == 128) && kv.k_format <= KvFormat::nsn4b && kv.v_format <= KvFormat::nsn4b &&
            f16_only == (kv.v_format == KvFormat::f16) && (f16_only || decode_codes_fit());
 }
@@ -152,7 +157,8 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
     const int64_t of_layer = (int64_t)layer * kv.n_blocks * kv.Hkv;
     uint8_t *const work = (uint8_t *)step.work;
     const DecodeArgs a = {y, kv, q, k, v, k16, v16, b, (float *)(work + w.part_o), (float2 *)(work + w.part_ml), counters,
-                          kv.k_sealed + of_layer * kv.k_block_bytes, kv.v_sealed + of_layer * kv.v_block_bytes, layer, Hq, G, chunks, room, std::min(room, reach), shares.team, leave_rows(b.N, Hq * kv.d)};
+                          kv.k_sealed + of_layer * kv.k_block_bytes, kv.v_sealed + of_layer * kv.v_block_bytes, layer, kv.turn(layer), Hq, G,
+                          room, std::min(room, reach), Divider(chunks), Divider(heads), Divider(b.N), Divider(std::max(1, shares.team)), leave_rows(b.N, Hq * kv.d)};
     if (!f16_only) decode_codes(a);
     else if (Q == 1) kv.d == 64 ? decode_f16<64, 1>(a) : decode_f16<128, 1>(a);
     else kv.d == 64 ? decode_f16<64, QUERIES>(a) : decode_f16<128, QUERIES>(a);
@@ -160,14 +166,14 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
 }
 
 bool attention_decode(float *y, const float *q, const KvView &kv, int layer, const f16 *k16, const f16 *v16, const Batch &b, int Hq) {
-    if (!serves(kv, step_of(b))) return false;
+    if (!serves(kv, step_of(b), Hq)) return false;
     decode(y, q, nullptr, nullptr, k16, v16, kv, layer, b, Hq);
     return true;
 }
 
 bool attend(float *y, const float *q, const float *k, const float *v, f16 *, f16 *, const KvView &kv, int layer, const Batch &b, int Hq) {
     const Step &step = step_of(b);
-    if (!serves(kv, step)) return false;
+    if (!serves(kv, step, Hq)) return false;
     if (layer == 0 && step.most_seals(kv)) seal_in_turn(kv, step);    // of every layer, from the ring; later steps read them
     decode(y, q, k, v, nullptr, nullptr, kv, layer, b, Hq);
     return true;

@@ -16,6 +16,13 @@ constexpr int CODE_WARPS = 12;     // of a thread block over codes, if they fit
 constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
 constexpr int MOST_COUNTED = 1 << 16;    // rows times query heads, if there is more than one part
 
+// x / d for x * d < 2^32: a multiplication where a division is some twenty instructions, each waiting for the one before.
+struct Divider {
+    uint32_t d, inverse;
+    explicit Divider(uint32_t d) : d(d), inverse(~0u / d + 1) {}    // 2^32 / d rounded up; for d = 1 nothing
+    __device__ uint32_t operator()(uint32_t x) const { return d == 1 ? x : __umulhi(x, inverse); }
+};
+
 struct DecodeArgs {
     float *y;                  // (N, Hq, d)
     KvView kv;
@@ -26,9 +33,10 @@ struct DecodeArgs {
     float2 *part_ml;           // (N, Hq, room)       m in base 2, l
     unsigned *arrived;         // (N, Hq)             parts that are done; the last one makes it 0
     const uint8_t *k_blocks, *v_blocks;    // (block, Hkv) of the layer
-    int layer, Hq, G, chunks;  // chunks: groups of queries that share a pass over a head's cache
+    int layer, turn, Hq, G;    // turn: KvView's
     int room, reach;           // parts that a row and head can have; that those of this step can have
-    int team;                  // warps that share a part of codes
+    // Groups of queries that share a pass over a head's cache; Hkv times as many; rows; warps that share a part of codes.
+    Divider chunks, heads, rows, team;
     Rows16 rows16;             // of y, for the product that is next; if wanted
     HD bool fresh() const { return k16 == nullptr; }
 };
@@ -60,30 +68,47 @@ template <int N> __device__ inline Floats<N> load_l2(const float *p) {    // wha
     return f;
 }
 
-// Cosines and sines of a position, times log2(e) / sqrt(d); without the angle where q is turned already.
-template <int D> struct QueryAngles {
-    static constexpr int PAIRS = D / 64;
-    float c[PAIRS], s[PAIRS];
-    __device__ QueryAngles(const DecodeArgs &a, int pos) {
-        const float scale = 1.4426950408889634f * rsqrtf((float)D);
-#pragma unroll
-        for (int p = 0; p < PAIRS; p++) {
-            c[p] = 1, s[p] = 0;
-            if (a.fresh()) rope_angle(c[p], s[p], a.kv.rope, pos, PAIRS * (threadIdx.x % 32) + p, D);
-            c[p] *= scale, s[p] *= scale;
-        }
+// A row's query as it is in memory: pairs p of a lane are channels D/64 lane + p and D/2 further.
+template <int D> struct QueryRow {
+    Floats<D / 64> lo, hi;
+    __device__ void load(const DecodeArgs &a, int64_t query) {
+        const float *q = a.q + query * D + D / 64 * (threadIdx.x % 32);
+        lo = *(const Floats<D / 64> *)q, hi = *(const Floats<D / 64> *)(q + D / 2);
     }
 };
-// A row's query after that: pairs p of a lane are channels D/64 lane + p and D/2 further.
-template <int D> __device__ inline void load_query(float (&x)[D / 32], const DecodeArgs &a, int64_t query, const QueryAngles<D> &angles) {
-    constexpr int PAIRS = D / 64;
-    const float *q = a.q + query * D + PAIRS * (threadIdx.x % 32);
+// What turns it: cosines and sines of the position, times log2(e) / sqrt(d).
+template <int D> struct QueryTurn {
+    static constexpr int PAIRS = D / 64;
+    float c[PAIRS], s[PAIRS];
+    __device__ void turn(float (&x)[D / 32], const QueryRow<D> &q) const {
 #pragma unroll
-    for (int p = 0; p < PAIRS; p++) {
-        const float lo = q[p], hi = q[D / 2 + p];
-        x[p] = lo * angles.c[p] - hi * angles.s[p], x[PAIRS + p] = lo * angles.s[p] + hi * angles.c[p];
+        for (int p = 0; p < PAIRS; p++) x[p] = q.lo.x[p] * c[p] - q.hi.x[p] * s[p], x[PAIRS + p] = q.lo.x[p] * s[p] + q.hi.x[p] * c[p];
     }
-}
+};
+// The position's angle as the table has it, in two; none where q is turned already.  Apart from QueryTurn, so that others can be asked for
+// while these are on their way.
+template <int D> struct QueryAngles {
+    static constexpr int PAIRS = D / 64;
+    Floats<PAIRS> base_c, base_s, step_c, step_s;
+    __device__ void load(const DecodeArgs &a, int pos) {
+        for (int p = 0; p < PAIRS; p++) base_c.x[p] = step_c.x[p] = 1, base_s.x[p] = step_s.x[p] = 0;
+        if (!a.fresh()) return;
+        const int j = PAIRS * (threadIdx.x % 32);
+        const float *const base = a.kv.rope.base + (int64_t)(pos / KV_BLOCK) * D + j, *const step = a.kv.rope.step + (int64_t)(pos % KV_BLOCK) * D + j;
+        base_c = *(const Floats<PAIRS> *)base, base_s = *(const Floats<PAIRS> *)(base + D / 2);
+        step_c = *(const Floats<PAIRS> *)step, step_s = *(const Floats<PAIRS> *)(step + D / 2);
+    }
+    __device__ QueryTurn<D> sum() const {
+        const float scale = 1.4426950408889634f * rsqrtf((float)D);
+        QueryTurn<D> t;
+#pragma unroll
+        for (int p = 0; p < PAIRS; p++) {
+            t.c[p] = (base_c.x[p] * step_c.x[p] - base_s.x[p] * step_s.x[p]) * scale;
+            t.s[p] = (base_c.x[p] * step_s.x[p] + base_s.x[p] * step_c.x[p]) * scale;
+        }
+        return t;
+    }
+};
 // The row's own key and value rounded; in attend who reads them (`mine`) puts them into the ring too, and into `here`.  By a warp.
 struct OwnRow { const f16 *k, *v; };
 template <int D> __device__ inline OwnRow own_row(const DecodeArgs &a, int n, int slot, int h, int pos, bool mine, f16 *here) {
@@ -234,12 +259,11 @@ template <int D, int Q> struct ExactTokens {
             }
         }
     }
-    // m and l of every query, in all lanes.
-    __device__ void totals(float (&m_of)[Q], float (&l_of)[Q]) const {
+    // l of query lane % Q, of all tokens.
+    __device__ float total() const {
         float sum = l;
         for (int w = Q; w < SCORES; w *= 2) sum += __shfl_xor_sync(~0u, sum, w);
-#pragma unroll
-        for (int n = 0; n < Q; n++) m_of[n] = __shfl_sync(~0u, m, n), l_of[n] = __shfl_sync(~0u, sum, n);
+        return sum;
     }
 };
 
@@ -305,36 +329,52 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
     store_y(y, 1.0f / warp_sum(sum));
 }
 
-// Results of a thread block's warps: D sums of Q queries, then their (m, l), in shared memory.
-template <int D, int Q> struct WarpResult {
-    float o[Q][D];
-    float2 ml[Q];
-    __device__ void put(const float (&m)[Q], const float (&l)[Q], const float (&x)[Q][D / 32]) {
+// Results of a thread block's warps, in shared memory: Q queries' sums of values, beside them of codewords if there are any (R is not
+// done), each with its m, and l of all.
+template <int D, int Q, bool CODES = false> struct WarpResult {
+    static constexpr int SUMS = CODES ? 2 : 1;
+    float o[SUMS][Q][D], m[SUMS][Q], l[Q];    // m[0] is not below m[1]
+    __device__ void put(const float (&x)[Q][D / 32], float top, float sum) {    // m and l of query lane % Q
         const int lane = threadIdx.x % 32;
-        for (int q = 0; q < Q; q++) {
-            for (int c = 0; c < D / 32; c++) o[q][D / 32 * lane + c] = x[q][c];
-            if (lane == 0) ml[q] = make_float2(m[q], l[q]);
-        }
+        for (int q = 0; q < Q; q++)
+            for (int c = 0; c < D / 32; c++) o[0][q][D / 32 * lane + c] = x[q][c];
+        if (lane < Q) m[0][lane] = top, l[lane] = sum;
     }
 };
 // Those of a team are merged in their order and handed on, a query by a warp.  result(w): warp w's.
 // Tried: a lane a warp's weight, four warps' sums on their way together: 12.3 us for 12.3 to 12.4 (32 heads, 4,096 tokens).
-template <int D, int Q, class Result>
+template <int D, int Q, bool CODES, class Result>
 __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part, int parts, int rank, int warps, Result result) {
+    using Warp = WarpResult<D, Q, CODES>;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int q = rank; q < n; q += warps) {
-        float m = -INFINITY, l = 0, o[D / 32] = {};
+        float m = -INFINITY, l = 0, o[Warp::SUMS][D / 32] = {};
+        auto raise = [&](int w) { m = fmaxf(m, result(w).m[0][q]); };
+        auto add = [&](int w) {
+            const Warp &r = result(w);
+            for (int i = 0; i < Warp::SUMS; i++) {
+                const float weight = merge_weight(r.m[i][q], m);
+                if (i == 0) l = fmaf(r.l[q], weight, l);
+                for (int c = 0; c < D / 32; c++) o[i][c] = fmaf(r.o[i][q][D / 32 * lane + c], weight, o[i][c]);
+            }
+        };
+        if (warps == CODE_WARPS) {    // all at once
+#pragma unroll
+            for (int w = 0; w < CODE_WARPS; w++) raise(w);
+#pragma unroll
+            for (int w = 0; w < CODE_WARPS; w++) add(w);
+        } else {
 #pragma unroll 4
-        for (int w = 0; w < warps; w++) m = fmaxf(m, result(w).ml[q].x);
+            for (int w = 0; w < warps; w++) raise(w);
 #pragma unroll 4
-        for (int w = 0; w < warps; w++) {
-            const WarpResult<D, Q> &r = result(w);
-            const float weight = merge_weight(r.ml[q].x, m);
-            l = fmaf(r.ml[q].y, weight, l);
-            for (int c = 0; c < D / 32; c++) o[c] = fmaf(r.o[q][D / 32 * lane + c], weight, o[c]);
+            for (int w = 0; w < warps; w++) add(w);
         }
-        finish_part<D>(a, first + q, part, parts, m, l, o);
+        if constexpr (CODES) {
+            hadamard_lanes(o[1]);
+            for (int c = 0; c < D / 32; c++) o[0][c] += o[1][c];
+        }
+        finish_part<D>(a, first + q, part, parts, m, l, o[0]);
     }
 }
 

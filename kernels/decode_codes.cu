@@ -11,7 +11,7 @@
              once for all.
              Tokens that are exact (sinks, recents, open) are shared among the same warps, 8 at a time (attention_decode.cuh).
              Few rows: a team is a thread block.  Many: what keeps all of them busy to the end (shares_of_many), often one part a
-             row and head, whose sums then never leave the SM.
+             row and head, whose sums then never leave the SM.  Sums of codewords of a team are merged before R turns them, once a query.
    Fragments Lane (g, t) = (lane / 4, lane % 4).
                keys    row g + 8 h of tile i is token 16 i + 8 h + g, k runs over channels; columns 2 t, 2 t + 1 are query t's (hi, lo)
                values  a row is two neighbouring channels, k runs over 16 tokens x these two.  Columns 2 t, 2 t + 1 have query t's weights
@@ -19,16 +19,21 @@
    Memory    Shared, by address:
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
                      a warp: z, 2 blocks, token factors, 4 means, its part; where z was, then weights and the second block's mean scores
-   Cost      ncu, d 128, 32 rows, 8 kv heads, 8,192 tokens, of a block in a multiprocessor (ncu's own run takes 11% longer than calls
-             back to back): clocks; warp instructions, share of the issue slots; wavefronts of shared memory, share of the clocks
-               nsn4b 756   1,435 48%   530 70%          nsn2b 494   1,082 55%   341 69%
-               nsn2  662   1,430 54%   363 55%          nsn1  481   1,009 53%   336 70%
+   Cost      ncu, d 128, 32 rows, 8 kv heads, 8,192 tokens, the call's for each block of a multiprocessor: clocks; warp instructions, share of
+             the issue slots; wavefronts of shared memory, share of the clocks
+               nsn4b 796   1,427 45%   532 67%          nsn2b 525   1,046 50%   347 66%
+               nsn2  607   1,361 56%   360 59%          nsn1  499     962 48%   338 68%
              nsn2b's wavefronts, counted: codewords 128, E 64, copies in 35, codes and fields out 40, token factors 32, z 16, mean scores
              and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
              registers allow, wait for fixed latencies (1.1 of 5 cycles between two instructions of a warp), shared memory (0.9), each other
              (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
-             for its signs.  (nsn2 before its part waited in shared memory: 22 spilled registers came and went in every block, 3 since,
-             79.5 to 81 us for 90 to 91; nsn1 62 to 63 for 64.5.)  With a byte of signs a code it had 1,544 instructions (sign_place).
+             for its signs; with a byte of signs a code it had 1,544 instructions (sign_place).
+             What a warp's part needs between blocks waits in shared memory, and no variable of the start is alive in a block: nsn2 with 22
+             spilled registers 90 us, with 3 79.5 to 81, with 2 75.7.
+             8 queries a kv head are two passes: 16 rows of 64 heads take what 32 rows of 32 heads do, nsn2b 64.7 us for 64.5, 520 clocks and
+             1,046 instructions a block and pass.  Of a block's instructions some 440 do not depend on the queries (lookups and their
+             addresses 256, operands of values 64, copies, factors, codes), so one pass would have 1,660 for 2,092, and twice 64
+             registers of sums, queries and their integers.
              Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
              asked for only behind the values.
              d 64, 32 rows: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
@@ -41,18 +46,20 @@
              11.2 for 11.5 at one row); the copy of keys without their mean (spills); warps that take the next of many small parts by a
              counter (103 to 139 for 96: what a part costs by itself).
    Fixed     What a call takes for no tokens, from one row of 32,768 and 4,096 tokens (heads with one query) or 131,072 and 8,192 (GQA-4): nsn2b
-             8.4 and 8.7 us, nsn1 8.1 and 8.3.  globaltimer, read by warp 0 of the thread block that ends last, us from the end of the call before,
-             with parts of 8 blocks:
-               GQA-4, 1,024 tokens: inputs 0.5, queries turned 0.8, their integers 1.3, in registers 1.7, blocks there 2.3, done with one 5.2,
-                     exact tokens and R 6.0, all warps 6.6, merged 7.2, handed on 7.9, parts read 8.4, y 8.8, end 9.0
-               8,192 tokens, where a multiprocessor is free only when the call before ends: it starts at -0.3, has its part 0.6, asks for
-                     tables 0.9, for blocks 2.0, has tables 2.2, inputs 2.3, queries 3.7, one block 4.4 to 7.1, merged 8.8, end 10.7
-             One block takes 1,167 instructions, 4.4 clocks each: too few warps to hide what each waits for (ncu, of 7.1 cycles: team 2.1, shared
-             memory 1.2, fixed latencies 1.2, others' turn 0.6, global memory 0.6, instructions 0.3).  Handing on is a store, a fence and an atomic.
-             What made it shorter, 4,096 tokens, heads with one query: 11.4 us for 12.0: block numbers asked for before tables, a row of a
-             table by a thread that reads one codeword (22 loads before), two divisions less, four warps' results at a time.
-             Tried: angles of the queries before inputs are there: 11.2 for 10.9 (8,192 tokens; spills); slot and position before any division, tables
-             before both: 10.7 for 10.7, 64 heads and 16 rows 69.0 for 66.6; parts of two blocks: 1,024 tokens 8.1 for 9.2, 4,096 9.8 for 9.2.
+             7.2 and 7.4 us, nsn1 7.2 and 7.0.  globaltimer, read by a thread block's warps, of the thread block that ends last, us from the end of
+             the call before (a multiprocessor holds one thread block: it starts when that of the call before ends):
+               GQA-4, 8,192 tokens: starts -0.2, slot and position 0.8 to 1.1, tables stored 1.8, blocks asked for 2.0, inputs 2.1, queries'
+                     integers 3.0, in registers 3.3, block there 3.7, done 6.6, exact tokens 7.0, all warps 7.2, merged 7.9, handed on 8.9, parts
+                     read 9.5, y 9.9, end 10.0 (9.3 without the timestamps)
+             Waits are for memory, one behind the other: arguments, slot and position, block numbers, blocks; sums and the counter; parts.
+             What made it shorter, GQA-4 and 8,192 tokens, nsn2b: 10.6 us; no integer division and no spilled load (a store that waits for it) before
+             the first blocks, and R once a query behind a team's merge 9.9; arguments by all warps at once and 12 warps' sums together 9.7; tables
+             on their way before slot and position are there, stored while block numbers are 9.3.  Heads with one query, 4,096 tokens: 11.3 to 10.2.
+             Tried: a part's sums word by word to a last part that reads until all are there, without fence and counter: 12.4 for 9.7; clusters for
+             the parts of a head, merged in shared memory: of 16 thread blocks 7 run at once, of 4 30, and the barrier makes an empty
+             kernel 1.4 us longer; inputs waited for before blocks are asked for: 32.8 for 31.8 (heads with one query, 32,768 tokens); addresses
+             only behind the start: 9.6 for 9.3; angles of the queries before inputs are there: 11.2 for 10.9; parts of two blocks: 1,024
+             tokens 8.1 for 9.2, 4,096 9.8 for 9.2.
    Tested by tests/test_cuda_decode.cpp                       Timed by tests/bench_decode.cu                             */
 #ifdef __CUDACC__
 #include <algorithm>
@@ -63,6 +70,7 @@ namespace cuda {
 template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(const __grid_constant__ DecodeArgs a) {
     using S = Layout<K, V, QUERIES>;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
+    ask_for_arguments(a, S::part(threadIdx.x / 32));
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int TOGETHER = S::TOGETHER;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
@@ -75,32 +83,31 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
     const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
-    const uint32_t factors = opaque(S::factors(warp) + 16 * lane), factor_at = opaque(S::factors(warp) + 8 * g);
+    const uint32_t factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
     const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32));
     const uint32_t weight_bytes = g % 2 ? 0x4240 : 0x4341;                   // permutes a word of two weights to (lo, 0, lo, 0) or (hi, 0, hi, 0)
-    const uint32_t kept = opaque(z_at + 512 + 16 * lane);                    // mean scores of the blocks behind the first of those done together
     const uint32_t E = opaque(S::E(lane)), means = S::means(warp);
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
     if (a.b.N <= FEW_ROWS) let_next_start();
-    Turns<K, V, S, QUERIES> turns(a);
+    Turns<K, V, S, QUERIES> turns;
     if (!turns.start(a)) return;
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
-    for (; p.task < turns.tasks(a); turns.go_on(a)) {
+    if (p.task >= turns.tasks(a)) return;
+    do {
         if (!p.there()) continue;
+        Floats<PAIRS> base[TOGETHER][2];                           // angles of the next blocks whose means are due
+        if (p.count > 0) ring.load_base(a, base, 0);
         float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
-        const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, scaled, bq);
+        const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, turns.query, scaled, bq);
         const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y;
         ring.load_second(a);
         p.keep(S::part(warp));
         float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
-
-        Floats<PAIRS> base[TOGETHER][2];                           // angles of the next blocks whose means are due
-        if (p.count > 0) ring.load_base(a, base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
@@ -144,10 +151,10 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int b = 1; b < TOGETHER; b++)
                     for (int i = 0; i < 2; i++) {
                         const auto &x = c[b / 2][2 * i], &y = c[b / 2][2 * i + 1];
-                        store_shared(kept + 1024 * (b - 1) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
+                        store_shared(ring.kept() + 1024 * (b - 1) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
                     }
             } else {
-                const uint32_t from = kept + (TOGETHER == 2 ? 0 : 1024 * (j % TOGETHER - 1));
+                const uint32_t from = ring.kept() + (TOGETHER == 2 ? 0 : 1024 * (j % TOGETHER - 1));
                 for (int i = 0; i < 2; i++) {
                     const float4 v = load_shared<float4>(from + 512 * i);
                     mean_score[4 * i] = v.x, mean_score[4 * i + 1] = v.y, mean_score[4 * i + 2] = v.z, mean_score[4 * i + 3] = v.w;
@@ -156,8 +163,8 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
                 const float2 v1 = first_norms_at(vb + offsetof(VB, s1), lane), v2 = scales_at(vb + offsetof(VB, s2), lane, &((VB *)nullptr)->s2);
-                store_shared(factors, words(k1.x * k2.x, k1.x, k1.y * k2.y, k1.y));
-                store_shared(factors + 512, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
+                store_shared(ring.factors(), words(k1.x * k2.x, k1.x, k1.y * k2.y, k1.y));
+                store_shared(ring.factors() + 512, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
@@ -262,17 +269,11 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 
         p.fetch(S::part(warp));
 
-        // The warp's sums to channel order in shared memory, R done: lane (g, t) has channels V_CHANNELS g .. of query t.
-        WarpResult<D, QUERIES> &result = *(WarpResult<D, QUERIES> *)at_address(S::slots(warp));
+        // Lane (g, t) has channels V_CHANNELS g .. of query t.
         for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
-#pragma unroll
-        for (int c = 0; c < V_CHANNELS; c++) out[c] = (out[c] + 0.5f * w_sum) * V::delta;
-        hadamard_lanes<4>(out);
-        for (int c = 0; c < V_CHANNELS; c++) result.o[t][V_CHANNELS * g + c] = out[c];
-        __syncwarp();
-
-        finish_warp<S, QUERIES>(a, p, scaled, m, l, [&](int q, int c) { return result.o[q][C * lane + c] + plain[q][c]; });
-    }
+        for (int c = 0; c < V_CHANNELS; c++) warp_result<S, QUERIES>(warp).o[1][t][V_CHANNELS * g + c] = (out[c] + 0.5f * w_sum) * V::delta;
+        finish_warp<S, QUERIES>(a, p, scaled, m, l, [&](int q, int c) { return plain[q][c]; });
+    } while (turns.go_on(a));
 }
 
 // Teams and parts for more than FEW_ROWS rows whose caches are full: what takes the fewest blocks one after the other, where what a

@@ -5,24 +5,39 @@
 
 namespace cuda {
 
+// Arguments come from memory too, a line of 64 bytes when an instruction needs it: here all at once, a line a warp.
+__device__ inline void ask_for_arguments(const DecodeArgs &a, uint32_t unused) {
+    const uint32_t warp = threadIdx.x / 32;
+    if (warp * 64 < sizeof a) store_shared(unused, ((const uint32_t *)&a)[warp * 16]);    // a use, so that it is loaded
+}
+
 // ---- a warp's part ------------------------------------------------------------------------------------------
 // Part `part` of the cache of row n and kv head h, for query heads from q0 on; the team's warp `rank` has blocks begin, begin + team ...
 struct Part {
     int task, n, h, q0, part, parts, slot, pos, n_blocks, coded, begin, count, team, rank, warp, teams;    // teams: of all thread blocks
-    __device__ Part(const DecodeArgs &a, int task, int queries, int teams) : task(task), team(a.team), rank(threadIdx.x / 32 % a.team), warp(threadIdx.x / 32), teams(teams) {
+    Part() = default;
+    // Nothing can start before slot and position are there, which takes longer than all else here: meanwhile() is called as soon as they are
+    // asked for.
+    template <class Meanwhile>
+    __device__ Part(const DecodeArgs &a, int task, int queries, int teams, Meanwhile meanwhile) : task(task), warp(threadIdx.x / 32), teams(teams) {
         const KvView &kv = a.kv;
-        // A division takes as long as a dozen other instructions, and nothing can start before these: not for one row, nor for one chunk.
-        const int heads = kv.Hkv * a.chunks, others = task / heads, head = task - others * heads;
-        part = a.b.N == 1 ? others : others / a.b.N, n = others - part * a.b.N;    // parts that few rows have come last
-        h = a.chunks == 1 ? head : head / a.chunks, q0 = (head - h * a.chunks) * queries;
-        slot = a.b.slot[n], pos = a.b.pos[n], n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end(pos, a.layer), n_blocks) - kv.sink);
-        parts = parts_of(coded, a.b.N <= FEW_ROWS ? BLOCKS_EACH : 1, a.room);
-        const int each = coded / parts, more = coded - each * parts;    // the first ones have one more
+        team = a.team.d, rank = warp - team * a.team(warp);
+        const int others = a.heads(task), head = task - others * a.heads.d;
+        part = a.rows(others), n = others - part * a.rows.d;    // parts that few rows have come last
+        h = a.chunks(head), q0 = (head - h * a.chunks.d) * queries;
+        slot = a.b.slot[n], pos = a.b.pos[n];
+        meanwhile();
+        n_blocks = pos / KV_BLOCK + 1, coded = max(0, min(kv.coded_end_at(pos, a.turn), n_blocks) - kv.sink);
+        parts = a.b.N <= FEW_ROWS ? parts_of(coded, BLOCKS_EACH, a.room) : parts_of(coded, 1, a.room);
+        const int each = (unsigned)coded / (unsigned)parts, more = coded - each * parts;    // the first ones have one more
         begin = kv.sink + each * part + min(part, more) + rank;
         const int blocks = each + (part < more) - rank;
-        count = there() && blocks > 0 ? (blocks + team - 1) / team : 0;
+        count = there() && blocks > 0 ? a.team(blocks + team - 1) : 0;
     }
     __device__ bool there() const { return part < parts; }
+    // Groups of exact tokens, and the warp's: every parts * team-th from the first on; last warps have fewer blocks.
+    __device__ int exact_groups() const { return (n_blocks - coded - 1) * GROUPS + pos % KV_BLOCK / GROUP + 1; }
+    __device__ int first_exact() const { return part + (team - 1 - rank) * parts; }
     // While the warp goes through its blocks every register is needed for them: the rest is in shared memory then.
     __device__ void keep(uint32_t at) const {
         store_shared(at, kept(task, n, h, q0)), store_shared(at + 16, kept(part, parts, slot, pos)), store_shared(at + 32, kept(n_blocks, coded, rank, teams));
@@ -35,31 +50,66 @@ struct Part {
     __device__ static Words<4> kept(int a, int b, int c, int d) { return {{(uint32_t)a, (uint32_t)b, (uint32_t)c, (uint32_t)d}}; }
     __device__ void sync() const {    // the team's warps
         if (team == 1) __syncwarp();
-        else asm volatile("bar.sync %0, %1;" ::"r"(1 + warp / team), "r"(32 * team) : "memory");
+        else asm volatile("bar.sync %0, %1;" ::"r"(1 + warp - rank), "r"(32 * team) : "memory");
     }
 };
 
-// The part's queries, each by a warp of the team (one query by every warp for itself): a lane's pairs of all of them, and column g of a
-// B operand of their integers, channels D/4 t + 4 i ..  Behind a head's last query comes that one again.  Returns (unit, half the sum of
-// the integers) of query t.
-template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
+// Group i of the tokens that a row and head see exactly: sinks, then from coded_end on.
+struct ExactGroup {
+    int block, t0;    // tokens t0 ..
+    int64_t rows;     // where in k_exact and v_exact
+    __device__ ExactGroup(const DecodeArgs &a, const Part &p, int i) {
+        const int e = i / GROUPS;
+        block = e < a.kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP;
+        rows = a.kv.exact_at(a.layer, p.slot, p.h, block * KV_BLOCK + t0);
+    }
+};
+// The warp's first one to L2, a line a lane; few rows: many have enough else to read.
+template <int D> __device__ void prefetch_exact(const DecodeArgs &a, const Part &p) {
+    if (a.b.N > FEW_ROWS || !p.there() || p.first_exact() >= p.exact_groups()) return;
+    const ExactGroup e(a, p, p.first_exact());
+    const int line = threadIdx.x % 16 * 64;    // of 64 channels
+    if (line < GROUP * D) asm volatile("prefetch.global.L2 [%0];" ::"l"((threadIdx.x % 32 < 16 ? a.kv.k_exact : a.kv.v_exact) + e.rows + line));
+}
+
+// The first of a part's queries that a warp prepares, and what turns all of them, on their way: one query is every warp's for itself, of
+// more each is a warp's of the team.
+template <int D, int Q> struct QueryOnItsWay {
+    QueryAngles<D> angles;
+    QueryRow<D> row;
+    __device__ static int first(const Part &p) { return Q == 1 ? 0 : p.rank; }
+    // Behind a head's last query comes that one again.
+    __device__ static int64_t query(const DecodeArgs &a, const Part &p, int q) {
+        return (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, min(Q, a.G - p.q0) - 1);
+    }
+    __device__ void load(const DecodeArgs &a, const Part &p) {
+        *this = {};    // no part's is alive in the next's
+        if (!p.there() || first(p) >= Q) return;
+        angles.load(a, p.pos);
+        row.load(a, query(a, p, first(p)));
+    }
+};
+// The part's queries: a lane's pairs of all of them, and column g of a B operand of their integers, channels D/4 t + 4 i ..  Returns (unit,
+// half the sum of the integers) of query t.
+template <class S, int Q>
+__device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, QueryOnItsWay<S::D, Q> &own, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
     constexpr int D = S::D, C = D / 32, PAIRS = D / 64, CODES = D * 4, UNIT = D * 6;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, last = min(Q, a.G - p.q0) - 1, last_rank = Q == 1 ? 0 : p.team - 1,
-              rank = Q == 1 ? 0 : p.rank;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rank = own.first(p), last_rank = Q == 1 ? 0 : p.team - 1;
     auto at = [&](int q) { return S::slots(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
     auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
 #pragma unroll 1
     for (int q = rank; q < Q; q = rank < last_rank ? Q : q + 1) {
         const uint32_t to = at(q);
+        if (q > rank) own.row.load(a, own.query(a, p, q));
         Floats<C> x;
-        load_query<D>(x.x, a, (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, last), QueryAngles<D>(a, p.pos));
+        own.angles.sum().turn(x.x, own.row);
         Words<C> w;
         memcpy(&w, &x, sizeof w);
         store_shared(to + 4 * C * lane, w);
         hadamard_lanes(x.x);    // of channels in the order of (lower or upper half, lane, pair)
         float top = 1e-30f;
         for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x.x[i]));
-        top = warp_max(top);
+        top = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(top)));    // bits of numbers >= 0 are in their order
         const float inverse = 32512.0f / top;    // 127 * 256: hi fits a byte
         int sum = 0, v[C];
         for (int i = 0; i < C; i++) sum += v[i] = __float2int_rn(x.x[i] * inverse);
@@ -69,7 +119,7 @@ template <class S, int Q> __device__ float2 prepare_queries(const DecodeArgs &a,
             uint8_t *const bytes = at_address(to + CODES + half * D / 2 + PAIRS * lane);
             memcpy(bytes, hi, PAIRS), memcpy(bytes + D, lo, PAIRS);
         }
-        sum = warp_sum(sum);
+        sum = __reduce_add_sync(~0u, sum);
         if (lane == 0) store_shared(to + UNIT, Words<2>{{__float_as_uint(top * (1 / 32512.0f)), __float_as_uint(0.5f * sum)}});
     }
     sync();
@@ -104,16 +154,15 @@ template <class K, class V, class S> struct BlockRing {
 
     // Asks for the numbers of the first blocks; start, for the blocks.
     __device__ void ask(const DecodeArgs &a, const Part &p) {
-        count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + p.begin;
-        if (count == 0) return;
-        after = entry(a, 0);
-        for (int i = 0; i < AHEAD; i++) next[i] = entry(a, i + 1);
+        count = p.count, every = p.team, table = p.slot * a.kv.max_blocks + (count > 0 ? p.begin : 0);
+        const int last = max(count - 1, 0);
+        after = entry_at(a, 0);    // also where there is no block, or `after` would have to be kept from part to part
+        for (int i = 0; i < AHEAD; i++) next[i] = entry_at(a, min(i + 1, last));
     }
     __device__ void start(const DecodeArgs &a, const Part &p) {
         base = p.begin * K::d + K::d / 64 * lane();
         k_from = opaque(p.h * (stride<K> / 16) + lane()), v_from = opaque(p.h * (stride<V> / 16) + lane());
         slots = opaque(S::slots(p.warp) + 16 * lane()), means = opaque(S::means(p.warp) + 4 * lane());
-        if (count == 0) return;
         const int number = after;
         for (int i = 0; i < AHEAD; i++) load_mean(a, i, i == 0 ? number : next[i - 1]);
         load_keys(a, 0, number);
@@ -127,6 +176,9 @@ template <class K, class V, class S> struct BlockRing {
     }
     __device__ uint32_t keys_at(int j) const { return slots - 16 * lane() + j % 2 * S::SLOT; }
     __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
+    // From the same register: the lane's 16 bytes of token factors, and of the mean scores of blocks behind the first of those done together.
+    __device__ uint32_t factors() const { return slots + 2 * S::SLOT; }
+    __device__ uint32_t kept() const { return slots - S::Z + 512; }
     // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
     __device__ void wait_keys() const { wait<3>(); }      // before the next are asked for
     __device__ void wait_values() const { wait<3>(); }    // after release_keys
@@ -158,9 +210,10 @@ template <class K, class V, class S> struct BlockRing {
     template <class Format> __device__ static const uint8_t *bytes_of(const uint8_t *blocks, uint32_t from, const DecodeArgs &a, int number) {
         return blocks + (uint64_t)(from + (uint32_t)number * (a.kv.Hkv * (stride<Format> / 16))) * 16;
     }
-    __device__ int entry(const DecodeArgs &a, int j) const {
+    __device__ int entry(const DecodeArgs &a, int j) const { return entry_at(a, min(j, count - 1)); }
+    __device__ int entry_at(const DecodeArgs &a, int j) const {
         int number;    // asked for here, not where it is needed
-        asm volatile("ld.global.s32 %0, [%1];" : "=r"(number) : "l"(a.kv.table + table + min(j, count - 1) * every));
+        asm volatile("ld.global.s32 %0, [%1];" : "=r"(number) : "l"(a.kv.table + table + j * every));
         return number;
     }
     __device__ void load_mean(const DecodeArgs &a, int j, int number) const {
@@ -189,64 +242,71 @@ template <class K, class V, class S> struct BlockRing {
 template <class K, class V, class S, int Q> struct Turns {
     Part p;
     BlockRing<K, V, S> ring;
-    __device__ Turns(const DecodeArgs &a)
-        : p(a, blockIdx.x + gridDim.x * (threadIdx.x / 32 / a.team), Q, gridDim.x * (S::WARPS / a.team)) {}
-    __device__ static int tasks(const DecodeArgs &a) { return a.b.N * a.kv.Hkv * a.chunks * a.reach; }
-    // Tables and first blocks; false: there is nothing to do for this thread block.  Positions and block tables are there before the
-    // step's first kernel, so are the blocks that it reads as codes.
+    QueryOnItsWay<S::D, Q> query;
+    __device__ static int tasks(const DecodeArgs &a) { return a.b.N * a.kv.Hkv * a.chunks.d * a.reach; }
+    // Tables, first blocks and queries; false: there is nothing to do for this thread block.  Positions and block tables are there before the
+    // step's first kernel, so are the blocks that it reads as codes.  What is asked for is stored or needed while the next is on its way:
+    // slot and position, tables, block numbers, blocks, queries.
     __device__ bool start(const DecodeArgs &a) {
-        const bool one_task = p.teams == tasks(a) && a.team == S::WARPS;
+        Tables<K, V, S> tables;
+        p = Part(a, blockIdx.x + gridDim.x * a.team(threadIdx.x / 32), Q, gridDim.x * a.team(S::WARPS), [&] { tables.load(a.kv); });
+        const bool one_task = p.teams == tasks(a) && a.team.d == S::WARPS;
         if (one_task && !p.there()) return false;
         ring.ask(a, p);
-        Tables<K, V, S> tables;
-        tables.load(a.kv);
+        tables.store();
         ring.start(a, p);
-        if (!one_task || p.coded > 0) tables.store();
+        prefetch_exact<S::D>(a, p);
         wait_for_inputs();
+        query.load(a, p);
+        __syncthreads();
         return true;
     }
-    __device__ void go_on(const DecodeArgs &a) {
-        if ((p.task += p.teams) >= tasks(a)) return;
-        p = Part(a, p.task, Q, p.teams);
+    __device__ bool go_on(const DecodeArgs &a) {    // false: that was the last
+        if ((p.task += p.teams) >= tasks(a)) return false;
+        p = Part(a, p.task, Q, p.teams, [] {});
         ring.ask(a, p);
+        query.load(a, p);
         ring.start(a, p);
+        return true;
     }
 };
 
-// Exact tokens of the part, then both together.  Lane q has m and l of query q's codes; coded(q, c): their sum for channel D/32 lane + c.
-template <class S, int Q, class Coded>
-__device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Coded coded) {
+// Where a warp's sums of codewords go, and what a team merges.
+template <class S, int Q> __device__ WarpResult<S::D, Q, true> &warp_result(int warp) { return *(WarpResult<S::D, Q, true> *)at_address(S::slots(warp)); }
+// Exact tokens of the part, then all together.  Lane q has m and l of query q's codes, or all lanes have one query's; plain(q, c): their
+// sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
+template <class S, int Q, class Plain>
+__device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Plain plain) {
     constexpr int D = S::D, C = D / 32;
     const KvView &kv = a.kv;
     const int n_queries = min(Q, a.G - p.q0);
     const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
     ExactTokens<D, Q> tokens;
-    const int exact = p.n_blocks - p.coded, groups = (exact - 1) * GROUPS + p.pos % KV_BLOCK / GROUP + 1;    // sinks, then from coded_end on
+    const int groups = p.exact_groups();
 #pragma unroll 1
-    for (int i = p.part + (p.team - 1 - p.rank) * p.parts; i < groups; i += p.parts * p.team) {    // last warps have fewer blocks
-        const int e = i / GROUPS, block = e < kv.sink ? e : e + p.coded, t0 = i % GROUPS * GROUP, own = p.pos - block * KV_BLOCK;
-        const int64_t rows = kv.exact_at(a.layer, p.slot, p.h, block * KV_BLOCK + t0);
+    for (int i = p.first_exact(); i < groups; i += p.parts * p.team) {
+        const ExactGroup e(a, p, i);
+        const int own = p.pos - e.block * KV_BLOCK;
         const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
-        tokens.load_keys(kv.k_exact + rows, own_rows.k, t0, own);
-        tokens.load_values(kv.v_exact + rows, own_rows.v, t0, own);
-        tokens.load_base(kv.rope.base + (int64_t)block * D);
+        tokens.load_keys(kv.k_exact + e.rows, own_rows.k, e.t0, own);
+        tokens.load_values(kv.v_exact + e.rows, own_rows.v, e.t0, own);
+        tokens.load_base(kv.rope.base + (int64_t)e.block * D);
         tokens.turn_queries([&](int q, int i) { return scaled[q][i]; });
-        tokens.add_values(tokens.scores(kv.rope.step + t0 * D, t0, own));
+        tokens.add_values(tokens.scores(kv.rope.step + e.t0 * D, e.t0, own));
     }
-    float m_of[Q], l_of[Q];
-    tokens.totals(m_of, l_of);
+    const float both = fmaxf(tokens.m, m), exact_weight = merge_weight(tokens.m, both), coded_weight = merge_weight(m, both);
+    const float l_both = tokens.total() * exact_weight + l * coded_weight;
 #pragma unroll
     for (int q = 0; q < Q; q++) {
-        const float m_coded = __shfl_sync(~0u, m, q), l_coded = __shfl_sync(~0u, l, q), both = fmaxf(m_of[q], m_coded);
-        const float exact_weight = merge_weight(m_of[q], both), coded_weight = merge_weight(m_coded, both);
-        m_of[q] = both, l_of[q] = l_of[q] * exact_weight + l_coded * coded_weight;
-        for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_weight + coded(q, c) * coded_weight;
+        const float exact_of = __shfl_sync(~0u, exact_weight, q), coded_of = __shfl_sync(~0u, coded_weight, q);
+        for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_of + plain(q, c) * coded_of;
     }
-    __syncwarp();    // all have read what coded reads
-    auto result = [&](int w) -> WarpResult<D, Q> & { return *(WarpResult<D, Q> *)at_address(S::slots(p.warp - p.rank + w)); };
-    result(p.rank).put(m_of, l_of, tokens.o);
+    auto &result = warp_result<S, Q>(p.warp);
+    result.put(tokens.o, both, l_both);
+    if (threadIdx.x % 32 < Q) result.m[1][threadIdx.x % 32] = m;
     p.sync();
-    merge_warps<D, Q>(a, first, n_queries, p.part, p.parts, p.rank, p.team, result);
+    merge_warps<D, Q, true>(a, first, n_queries, p.part, p.parts, p.rank, p.team,
+                            [&](int w) -> const auto & { return warp_result<S, Q>(p.warp - p.rank + w); });
     p.sync();
 }
 
@@ -268,7 +328,7 @@ template <class Function> void with_nsn(const KvView &kv, Function f) { kv.d == 
 template <class S> void launch_codes(void (*kernel)(DecodeArgs), const DecodeArgs &a) {
     static const cudaError_t allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::BYTES);    // S: of one kernel
     CUDA_CHECK(allowed);
-    const int64_t tasks = (int64_t)a.b.N * a.kv.Hkv * a.chunks * a.reach;
+    const int64_t tasks = (int64_t)a.b.N * a.kv.Hkv * a.chunks.d * a.reach;
     launch(kernel, dim3((unsigned)std::min<int64_t>(tasks, sm_count)), 32 * S::WARPS, S::BYTES, a);
 }
 void decode_codes_one(const DecodeArgs &a);    // decode_codes_mha.cu: G = 1

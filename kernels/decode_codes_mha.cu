@@ -12,10 +12,11 @@
    Memory    decode_codes.cu's without token factors, with 8 means a warp.  Where z was: for each of four blocks the mean scores, a pair a
              lane, and behind them the weights of the block at work.
    Cost      As there, 32 rows, 32 heads, 4,096 tokens:
-               nsn4b 684   1,134 42%   440 64%          nsn2b 394     764 49%   259 66%, memory 74%
-               nsn2  434   1,064 62%   273 63%          nsn1  332     660 50%   249 75%
+               nsn4b 590   1,124 48%   440 75%          nsn2b 369     746 51%   258 70%, memory 69%
+               nsn2  436   1,046 60%   271 62%          nsn1  329     642 49%   247 75%
              nsn2b takes 111 us, of which memory alone would take 96: exact tokens and the ends of parts are the rest.  With a byte of signs
-             a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115 to 116.  One row, nsn2b: 11.3 us.
+             a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115 to 116.  One row, nsn2b: 10.2 us; 10.6 when the end of a
+             part exchanged its sums one by one, each behind a branch.
              Tried: 14 warps of 128 registers (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).
@@ -58,6 +59,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     using KB = typename K::Block;
     using VB = typename V::Block;
     constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
+    ask_for_arguments(a, S::part(threadIdx.x / 32));
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int STEPS = D / 32, TILES = D / 64;                  // mma steps over channels; tiles of 16 words
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = 16 * t + g;
@@ -73,22 +75,23 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t select = (0x4444u & ~(15u << g % 4 * 4)) | (g < 4 ? 1u : 0u) << g % 4 * 4, select_upper = select + (2u << g % 4 * 4);
 
     if (a.b.N <= FEW_ROWS) let_next_start();
-    Turns<K, V, S, 1> turns(a);
+    Turns<K, V, S, 1> turns;
     if (!turns.start(a)) return;
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
     const uint32_t k_table = S::template copy<K>(S::K_TABLE, lane), v_table = S::template copy<V>(S::V_TABLE, lane);
-    for (; p.task < turns.tasks(a); turns.go_on(a)) {
+    if (p.task >= turns.tasks(a)) return;
+    do {
         if (!p.there()) continue;
+        Floats<PAIRS> base[4][2];                                  // of the next four blocks
+        if (p.count > 0) ring.load_base(a, base, 0);
         float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
         uint32_t bq[2 * STEPS];
-        const float2 unit_sum = prepare_queries<S, 1>(a, p, scaled, bq);
+        const float2 unit_sum = prepare_queries<S, 1>(a, p, turns.query, scaled, bq);
         const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
         ring.load_second(a);
         p.keep(S::part(warp));
         float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
-        Floats<PAIRS> base[4][2];                                  // of the next four blocks
-        if (p.count > 0) ring.load_base(a, base, 0);
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
@@ -200,23 +203,21 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
 
         p.fetch(S::part(warp));
 
-        // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's.
-        WarpResult<D, 1> &result = *(WarpResult<D, 1> *)at_address(S::slots(warp));
+        // Row g + 8 r of tile i is word 2 TILES g + 2 i + r; the hi parts are lanes t = 0, 1's, the lo parts lanes 2 and 3's: the former keep
+        // r = 0, the latter r = 1.
+        float sum[TILES][2];
 #pragma unroll
         for (int i = 0; i < TILES; i++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                float x = t < 2 ? out[i][c] * 256.0f : out[i][c];
-                x += __shfl_xor_sync(~0u, x, 2);
-                if (t < 2) result.o[0][4 * (2 * TILES * g + 2 * i + c / 2) + 2 * t + c % 2] = x;
+            for (int c = 0; c < 2; c++) {
+                const float keep = t < 2 ? out[i][c] * 256.0f : out[i][2 + c], give = t < 2 ? out[i][2 + c] * 256.0f : out[i][c];
+                sum[i][c] = keep + __shfl_xor_sync(~0u, give, 2);
             }
-        __syncwarp();
-        float sum[C];
-        w_sum = warp_sum(w_sum);
-        for (int c = 0; c < C; c++) sum[c] = (result.o[0][C * lane + c] + 0.5f * w_sum) * V::delta;
-        hadamard_lanes(sum);
-        finish_warp<S, 1>(a, p, scaled, m, warp_sum(l), [&](int, int c) { return sum[c] + plain[c]; });
-    }
+        l = warp_sum(l), w_sum = warp_sum(w_sum);
+        float *const to = warp_result<S, 1>(warp).o[1][0] + 8 * TILES * g + t / 2 * 4 + t % 2 * 2;
+        for (int i = 0; i < TILES; i++)
+            for (int c = 0; c < 2; c++) to[8 * i + c] = (sum[i][c] + 0.5f * w_sum) * V::delta;
+        finish_warp<S, 1>(a, p, scaled, m, l, [&](int, int c) { return plain[c]; });
+    } while (turns.go_on(a));
 }
 
 void decode_codes_one(const DecodeArgs &a) {

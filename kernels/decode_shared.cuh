@@ -31,7 +31,7 @@ template <class K, class V, int Q> struct Layout {
     // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
     static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
     static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q>) <= 2 * SLOT, "does not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q, true>) <= 2 * SLOT, "does not fit");
     // A warp's: z, at a multiple of 128, two blocks, token factors, means, part.
     __device__ static uint32_t warp_at(int w) { return WARPS_AT + w * WARP; }
     __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
@@ -205,7 +205,7 @@ template <int C, int WARPS> struct TableRows {
     __device__ void load(const int8_t *codebook) {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int8_t *const from = codebook + min((int)threadIdx.x + i * THREADS, 255) * C;
+            const int8_t *const from = codebook + min(threadIdx.x + i * THREADS, 255u) * C;
             if constexpr (C == 2) v[i].x[0] = *(const uint16_t *)from * 0x10001u;
             else memcpy(&v[i], __builtin_assume_aligned(from, BYTES), BYTES);
         }
@@ -213,10 +213,11 @@ template <int C, int WARPS> struct TableRows {
     __device__ void store(uint32_t table) const {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int k = threadIdx.x + i * THREADS;
+            const uint32_t k = threadIdx.x + i * THREADS;
             Words<4> copies;
             for (int w = 0; w < 4; w++) copies.x[w] = v[i].x[w % (BYTES / 4)];
-            for (int at = 0; at < ROW && k < 256; at += 16) store_shared(table + k * ROW + (at + k * 16) % ROW, copies);    // neighbours meet different banks
+            for (uint32_t at = 0; at < ROW && k < 256; at += 16)
+                store_shared(table + k * ROW + (at + k * 16) % ROW, copies);    // neighbours meet different banks
         }
     }
 };
@@ -224,12 +225,12 @@ template <int C, int WARPS> struct TableRows {
 template <class S> struct AngleRows {
     static constexpr int D = S::D, FRAGMENTS = 4 * (D / 16), EACH = (FRAGMENTS + S::WARPS - 1) / S::WARPS;
     float2 x[EACH][2][2];    // rows lane / 4 and 8 further; cosines, sines of two pairs
-    __device__ static int fragment(int i) { return min((int)threadIdx.x / 32 + i * S::WARPS, FRAGMENTS - 1); }
+    __device__ static uint32_t fragment(uint32_t i) { return min(threadIdx.x / 32 + i * S::WARPS, FRAGMENTS - 1u); }
     __device__ void load(const float *rope_step) {
-        const int lane = threadIdx.x % 32;
+        const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
+            const uint32_t tile = fragment(i) / (D / 16), step = fragment(i) % (D / 16), pair = step / 2 * 16 + lane % 4 * 4 + step % 2 * 2;
             for (int row = 0; row < 2; row++)
                 for (int part = 0; part < 2; part++) x[i][row][part] = *(const float2 *)(rope_step + (16 * tile + lane / 4 + 8 * row) * D + part * (D / 2) + pair);
         }
@@ -253,7 +254,6 @@ template <class K, class V, class S> struct Tables {
         k.store(S::K_TABLE);
         if (!S::ALIKE) v.store(S::V_TABLE);
         angles.store();
-        __syncthreads();
     }
 };
 // Second scales of tokens 2 lane, 2 lane + 1 of the field at `at`, and first ones.

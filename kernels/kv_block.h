@@ -240,7 +240,8 @@ struct KvView {
     // The first block that this layer has not sealed when the row at pos is there.  pos = -1: nothing is sealed yet.
     HD int sealed_end(int pos, int layer) const { return end_behind(pos - turn(layer)); }
     // The first block that a row at pos does not read as codes: what steps of earlier positions sealed.
-    HD int coded_end(int pos, int layer) const { return sealed_end(pos - 1, layer); }
+    HD int coded_end(int pos, int layer) const { return coded_end_at(pos, turn(layer)); }
+    HD int coded_end_at(int pos, int turn) const { return end_behind(pos - 1 - turn); }    // of the layers of that turn
     // The i-th layer that may seal a block, and one at most, in a step of one row, at pos; L: there is none.
     HD int layer_in_turn(int pos, int i) const {
         const int at = pos % KV_BLOCK, layer = (at * L + SEAL_STEPS - 1) / SEAL_STEPS + i;
