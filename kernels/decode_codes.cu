@@ -31,9 +31,11 @@
              What a warp's part needs between blocks waits in shared memory, and no variable of the start is alive in a block: nsn2 with 22
              spilled registers 90 us, with 3 79.5 to 81, with 2 75.7.
              8 queries a kv head are two passes: 16 rows of 64 heads take what 32 rows of 32 heads do, nsn2b 64.7 us for 64.5, 520 clocks and
-             1,046 instructions a block and pass.  Of a block's instructions some 440 do not depend on the queries (lookups and their
-             addresses 256, operands of values 64, copies, factors, codes), so one pass would have 1,660 for 2,092, and twice 64
-             registers of sums, queries and their integers.
+             1,046 instructions a block and pass; 3.0 times as fast as cuDNN's 191.2 us (4.4 times would be 43 us, 350 clocks).  Of a block's
+             instructions some 440 do not depend on the queries (lookups and their addresses 256, operands of values 64, copies, factors,
+             codes), so one pass would have 1,660 for 2,092, and 128 registers of sums, queries and their integers where there are 64.
+             A warp issues an instruction every 6 clocks (12 x 525 / 1,046), so 8 warps, which is what 255 registers allow, would take 1,245
+             clocks for such a block, two passes take 1,050; 12 warps, if 64 spilled registers cost a load and a store each and no time, 890.
              Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
              asked for only behind the values.
              d 64, 32 rows: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
