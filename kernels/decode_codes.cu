@@ -25,8 +25,8 @@
                nsn2  607   1,361 56%   360 59%          nsn1  499     962 48%   338 68%
              nsn2b's wavefronts, counted: codewords 128, E 64, copies in 35, codes and fields out 40, token factors 32, z 16, mean scores
              and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
-             registers allow, wait for fixed latencies (1.1 of 5 cycles between two instructions of a warp), shared memory (0.9), each other
-             (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
+             registers allow, wait (when nsn2b had 1,082 instructions) for fixed latencies (1.1 of 5 cycles between two of a warp), shared memory
+             (0.9), each other (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
              for its signs; with a byte of signs a code it had 1,544 instructions (sign_place).
              What a warp's part needs between blocks waits in shared memory, and no variable of the start is alive in a block: nsn2 with 22
              spilled registers 90 us, with 3 79.5 to 81, with 2 75.7.

@@ -35,6 +35,9 @@ struct Part {
         count = there() && blocks > 0 ? a.team(blocks + team - 1) : 0;
     }
     __device__ bool there() const { return part < parts; }
+    // Its queries, up to Q, and which of all the first one is.
+    template <int Q> __device__ int queries(const DecodeArgs &a) const { return min(Q, a.G - q0); }
+    __device__ int64_t first_query(const DecodeArgs &a) const { return (int64_t)n * a.Hq + h * a.G + q0; }
     // Groups of exact tokens, and the warp's: every parts * team-th from the first on; last warps have fewer blocks.
     __device__ int exact_groups() const { return (n_blocks - coded - 1) * GROUPS + pos % KV_BLOCK / GROUP + 1; }
     __device__ int first_exact() const { return part + (team - 1 - rank) * parts; }
@@ -79,9 +82,7 @@ template <int D, int Q> struct QueryOnItsWay {
     QueryRow<D> row;
     __device__ static int first(const Part &p) { return Q == 1 ? 0 : p.rank; }
     // Behind a head's last query comes that one again.
-    __device__ static int64_t query(const DecodeArgs &a, const Part &p, int q) {
-        return (int64_t)p.n * a.Hq + p.h * a.G + p.q0 + min(q, min(Q, a.G - p.q0) - 1);
-    }
+    __device__ static int64_t query(const DecodeArgs &a, const Part &p, int q) { return p.first_query(a) + min(q, p.queries<Q>(a) - 1); }
     __device__ void load(const DecodeArgs &a, const Part &p) {
         *this = {};    // no part's is alive in the next's
         if (!p.there() || first(p) >= Q) return;
@@ -279,8 +280,8 @@ template <class S, int Q, class Plain>
 __device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Plain plain) {
     constexpr int D = S::D, C = D / 32;
     const KvView &kv = a.kv;
-    const int n_queries = min(Q, a.G - p.q0);
-    const int64_t first = (int64_t)p.n * a.Hq + p.h * a.G + p.q0;
+    const int n_queries = p.queries<Q>(a);
+    const int64_t first = p.first_query(a);
     ExactTokens<D, Q> tokens;
     const int groups = p.exact_groups();
 #pragma unroll 1

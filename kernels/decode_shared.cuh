@@ -58,11 +58,6 @@ __device__ inline uint32_t opaque(uint32_t x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
     return x;
 }
-template <class T> __device__ inline T *opaque(T *p) {    // in global memory
-    size_t x = __cvta_generic_to_global(p);
-    asm volatile("mov.u64 %0, %0;" : "+l"(x));
-    return (T *)__cvta_global_to_generic(x);
-}
 __device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them: the compiler may move these
     uint32_t v;
     asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
