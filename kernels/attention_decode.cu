@@ -128,8 +128,8 @@ static Work work_of(int64_t N, int Hq, int d, int room) {
     return {0, ml_bytes, ml_bytes + aligned(queries * room * d * 4)};
 }
 int64_t attention_decode_work_bytes(const StepShape &shape) {
-    int64_t most = 0;    // fewer rows may have more parts in all; a head has at most Hq / QUERIES of the chunks, rounded up
-    for (int N = 1; N <= shape.N; N++) most = std::max(most, work_of(N, shape.Hq, shape.d, most_parts(N, (int)ceil_div(shape.Hq, QUERIES))).bytes);
+    int64_t most = 0;    // fewer rows may have more parts in all; a head has at least Hq / (2 QUERIES) of the chunks
+    for (int N = 1; N <= shape.N; N++) most = std::max(most, work_of(N, shape.Hq, shape.d, most_parts(N, (int)ceil_div(shape.Hq, 2 * QUERIES))).bytes);
     return most;
 }
 
@@ -148,7 +148,7 @@ static void decode(float *y, const float *q, const float *k, const float *v, con
         return (unsigned *)p;
     }();
     const bool f16_only = kv.k_format == KvFormat::f16;
-    const int G = Hq / kv.Hkv, Q = G == 1 ? 1 : QUERIES, chunks = (int)ceil_div(G, Q), heads = kv.Hkv * chunks;
+    const int G = Hq / kv.Hkv, Q = queries_of_pass(G, !f16_only), chunks = (int)ceil_div(G, Q), heads = kv.Hkv * chunks;
     Shares shares = f16_only ? Shares{f16_parts(b.N, heads), 0} : codes_shares(kv, b.N, G);
     if ((int64_t)b.N * Hq > MOST_COUNTED) shares.parts = 1;
     const int room = std::min({shares.parts, most_parts(b.N, heads), std::max(1, kv.max_blocks)});

@@ -11,7 +11,7 @@ constexpr int MAX_PARTS = 128;     // of a row and kv head
 // Sealed blocks, at least, of a part of few rows.  Llama-3-8B in q4, depth 1,024, 2,048 and 4,096 (nsn2b), medians of three: 461, 460 and 450
 // tok/s; with 8 448, 450 and 451, with 2 459, 453 and 451.
 constexpr int BLOCKS_EACH = 4;
-constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache
+constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache; over codes two sets of them may
 constexpr int CODE_WARPS = 12;     // of a thread block over codes, if they fit
 constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
 constexpr int MOST_COUNTED = 1 << 16;    // rows times query heads, if there is more than one part
@@ -43,6 +43,8 @@ struct DecodeArgs {
 
 // Who does what: a cache of a row and head is divided into parts, a part is a team's, whose warps take turns.
 struct Shares { int parts, team; };
+// Query heads of a kv head that share a pass: one, a set, or two sets if neither stays empty.
+inline int queries_of_pass(int G, bool codes) { return G == 1 ? 1 : codes && ceil_div(G, QUERIES) % 2 == 0 ? 2 * QUERIES : QUERIES; }
 // Few rows spread over the whole GPU.
 inline int parts_of_few(int heads, int teams) { return std::clamp(teams / heads, 1, MAX_PARTS); }
 // Of a cache of so many units, at least `least` in a part.
@@ -165,6 +167,11 @@ template <int D, int Q> struct ExactTokens {
                 const float lo = scaled(i, p), hi = scaled(i, PAIRS + p);
                 q[i][p] = lo * base_c.x[p] + hi * base_s.x[p], q[i][PAIRS + p] = hi * base_c.x[p] - lo * base_s.x[p];
             }
+    }
+    // The same tokens and angles as another.
+    __device__ void see(const ExactTokens &x) {
+        base_c = x.base_c, base_s = x.base_s;
+        for (int i = 0; i < GROUP; i++) k_lo[i] = x.k_lo[i], k_hi[i] = x.k_hi[i], v[i] = x.v[i];
     }
     // Tokens t0 .. of a block; `rows` are D apart, that of token `own` is elsewhere and the last one (behind the group: all are there).
     // Tokens behind it are the last one again.
@@ -334,11 +341,11 @@ template <int D> __device__ void finish_part(const DecodeArgs &a, int64_t query,
 template <int D, int Q, bool CODES = false> struct WarpResult {
     static constexpr int SUMS = CODES ? 2 : 1;
     float o[SUMS][Q][D], m[SUMS][Q], l[Q];    // m[0] is not below m[1]
-    __device__ void put(const float (&x)[Q][D / 32], float top, float sum) {    // m and l of query lane % Q
+    template <int N> __device__ void put(const float (&x)[N][D / 32], float top, float sum, int first = 0) {    // m and l of query first + lane % N
         const int lane = threadIdx.x % 32;
-        for (int q = 0; q < Q; q++)
-            for (int c = 0; c < D / 32; c++) o[0][q][D / 32 * lane + c] = x[q][c];
-        if (lane < Q) m[0][lane] = top, l[lane] = sum;
+        for (int q = 0; q < N; q++)
+            for (int c = 0; c < D / 32; c++) o[0][first + q][D / 32 * lane + c] = x[q][c];
+        if (lane < N) m[0][first + lane] = top, l[first + lane] = sum;
     }
 };
 // Those of a team are merged in their order and handed on, a query by a warp.  result(w): warp w's.

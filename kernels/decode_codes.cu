@@ -69,21 +69,24 @@
 namespace cuda {
 
 // ---- the kernel ---------------------------------------------------------------------------------------------
-template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, QUERIES>::WARPS, 1) decode_codes_kernel(const __grid_constant__ DecodeArgs a) {
-    using S = Layout<K, V, QUERIES>;
-    constexpr int D = K::d, PAIRS = D / 64, C = D / 32;    // PAIRS: RoPE pairs of a lane
+template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout<K, V, Q>::WARPS, 1) decode_codes_kernel(const __grid_constant__ DecodeArgs a) {
+    using S = Layout<K, V, Q>;
+    constexpr int D = K::d, C = D / 32;
     ask_for_arguments(a, S::part(threadIdx.x / 32));
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
-    constexpr int TOGETHER = S::TOGETHER;
+    constexpr int TOGETHER = S::TOGETHER, SETS = S::SETS, SET = QUERIES;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
     // Words of a lane's channels.  Codewords of 8 channels: all sums are in registers at once, and codes come as they are needed.
-    constexpr bool LATE_CODES = V::channels == 8;
-    constexpr int WORDS = V_CHANNELS / 4, WORDS_AT_ONCE = LATE_CODES ? WORDS : 2;
+    constexpr bool LATE_CODES = V::channels == 8 && SETS == 1;
+    constexpr int WORDS = V_CHANNELS / 4, WORDS_AT_ONCE = LATE_CODES ? WORDS : SETS > 1 && V::channels < 8 ? 1 : 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
-    const uint32_t z_store = opaque(z_at + PAIRS * lane * 4);                // odd columns have their 64-byte halves swapped, so that
+    // Lanes have two RoPE pairs L of a block; with d 64 the upper lanes' is the next block, odd columns.
+    constexpr int AT_A_TIME = D == 64 ? 2 : 1;
+    const int L = lane % (D / 4), odd = lane / (D / 4);
+    const uint32_t z_store = opaque(z_at + odd * (D / 2) * 4 + (8 * L ^ odd * 64));       // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
     const uint32_t factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
@@ -93,7 +96,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     const uint32_t k_lane = opaque(g * (D / K::channels) + K_BYTES * t), v_lane = opaque(t * (D / V::channels) + V_BYTES * g);    // of the codes
 
     if (a.b.N <= FEW_ROWS) let_next_start();
-    Turns<K, V, S, QUERIES> turns;
+    Turns<K, V, S, Q> turns;
     if (!turns.start(a)) return;
     Part &p = turns.p;
     BlockRing<K, V, S> &ring = turns.ring;
@@ -101,66 +104,109 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
     if (p.task >= turns.tasks(a)) return;
     do {
         if (!p.there()) continue;
-        Floats<PAIRS> base[TOGETHER][2];                           // angles of the next blocks whose means are due
+        Floats<2> base[TOGETHER / AT_A_TIME][2];                           // angles of the next blocks whose means are due
         if (p.count > 0) ring.load_base(a, base, 0);
-        float scaled[QUERIES][2 * PAIRS];                          // pairs PAIRS lane ..
-        uint32_t bq[2 * STEPS];
-        const float2 unit_sum = prepare_queries<S, QUERIES>(a, p, turns.query, scaled, bq);
-        const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y;
+        prepare_queries<S, Q>(a, p, turns.query, K::delta);
+        const int first = warp - p.rank;
+        const uint32_t fragments = opaque(S::queries(first) + 16 * lane), units_at = S::queries(first) + SETS * S::CODES + 8 * SETS * lane, pairs_at = S::queries(first) + SETS * (S::CODES + S::UNITS) + 16 * L;
+        auto load_query = [&](int q) { return load_shared<Floats<C>>(S::numbers(warp - p.rank, q) + 4 * C * lane); };    // pairs C/2 lane ..
+        Floats<C> queries[S::KEPT_NUMBERS ? 1 : Q];
+        if constexpr (!S::KEPT_NUMBERS)
+#pragma unroll
+            for (int q = 0; q < Q; q++) queries[q] = load_query(q);
+        // One set's are in registers, two sets' are loaded where they are needed.
+        uint32_t bq[SETS][2 * STEPS];    // column g of a B operand of the queries' integers, channels D/4 t + 4 i ..
+        float2 units[SETS];              // of query t: (unit, unit times half the sum of the integers)
+        uint4 pairs[Q / 2];              // L of two queries each, in f16
+        auto load_codes = [&] {
+#pragma unroll
+            for (int i = 0; i < SETS * D / 64; i++) {
+                const uint4 v = load_shared<uint4>(fragments + 512 * i);
+                memcpy(&bq[0][0] + 4 * i, &v, 16);
+            }
+            if constexpr (SETS == 2) {
+                const float4 v = load_shared<float4>(units_at);
+                units[0] = make_float2(v.x, v.y), units[SETS - 1] = make_float2(v.z, v.w);
+            } else units[0] = load_shared<float2>(units_at);
+        };
+        auto load_pairs = [&] {
+#pragma unroll
+            for (int i = 0; i < Q / 2; i++) pairs[i] = load_shared<uint4>(pairs_at + i * (4 * D));
+        };
+        if constexpr (SETS == 1) load_codes(), load_pairs();
+        p.sync();
         ring.load_second(a);
         p.keep(S::part(warp));
-        float m = -INFINITY, l = 0, w_sum = 0, out[V_CHANNELS] = {}, plain[QUERIES][C] = {};
+        float m[SETS] = {}, l[SETS] = {}, w_sum[SETS] = {}, out[SETS][V_CHANNELS] = {}, plain[Q][C] = {};
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
             const uint32_t kb = ring.keys_at(j), vb = ring.values_at(j);
             ring.wait_block();
-            float mean_score[8];    // of query t, tokens 8 j + g, without s1
-            if (j % TOGETHER == 0) {       // and those of the next blocks
+            float mean_score[SETS][8];    // of query t, tokens 8 j + g, without s1
+            if (TOGETHER == 1 || j % TOGETHER == 0) {       // and those of the next blocks
                 const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
+                constexpr int M = SETS * (TOGETHER > 1 ? TOGETHER / 2 : 1);    // of 8 columns
+                constexpr int TWO = TOGETHER > 1 ? 2 / AT_A_TIME : 1;
+                if constexpr (TOGETHER == 1) static_assert(SETS == 2);
+                if constexpr (SETS == 2) load_pairs();    // all on their way before the first one is needed
 #pragma unroll
                 for (int two = 0; two < TOGETHER; two += 2) {
                     if (two > 0 && j + two >= p.count) break;
-                    Floats<PAIRS> lo[2], hi[2];
+                    __half2 lo[TWO], hi[TWO];
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const uint32_t mean = means + (j + two + i) % S::MEANS * S::MEAN;
-                        const Floats<PAIRS> x = mean_at<D, PAIRS>(mean, PAIRS * lane), y = mean_at<D, PAIRS>(mean, PAIRS * lane + D / 2);
-                        for (int p = 0; p < PAIRS; p++) {
-                            const float c = base[two + i][0].x[p], sn = base[two + i][1].x[p];
-                            lo[i].x[p] = x.x[p] * c - y.x[p] * sn, hi[i].x[p] = x.x[p] * sn + y.x[p] * c;
-                        }
+                    for (int i = 0; i < TWO; i++) {
+                        const uint32_t mean = means + (j + two + i + (AT_A_TIME == 2 ? odd : 0)) % S::MEANS * S::MEAN;
+                        const Floats<2> x = mean_at<D, 2>(mean, 2 * L), y = mean_at<D, 2>(mean, 2 * L + D / 2);
+                        const Floats<2> (&angle)[2] = base[two / AT_A_TIME + i];
+                        lo[i] = __floats2half2_rn(x.x[0] * angle[0].x[0] - y.x[0] * angle[1].x[0], x.x[1] * angle[0].x[1] - y.x[1] * angle[1].x[1]);
+                        hi[i] = __floats2half2_rn(x.x[0] * angle[1].x[0] + y.x[0] * angle[0].x[0], x.x[1] * angle[1].x[1] + y.x[1] * angle[0].x[1]);
                     }
 #pragma unroll
-                    for (int q = 0; q < QUERIES; q++) {
-                        Words<PAIRS> w[2];
+                    for (int pair = 0; pair < Q / 2; pair++) {
+                        const uint4 v = pairs[pair];
+                        const uint32_t w[2][2] = {{v.x, v.y}, {v.z, v.w}};
 #pragma unroll
-                        for (int i = 0; i < 2; i++)
-                            for (int p = 0; p < PAIRS; p++)
-                                w[i].x[p] = pack(scaled[q][p] * lo[i].x[p] + scaled[q][PAIRS + p] * hi[i].x[p],
-                                                 scaled[q][PAIRS + p] * lo[i].x[p] - scaled[q][p] * hi[i].x[p]);
-                        const int column = (4 * two + 2 * q) * (D / 2) * 4;
-                        store_shared(z_store + column, w[0]), store_shared(z_store_odd + column + (D / 2) * 4, w[1]);
+                        for (int k = 0; k < 2; k++) {
+                            const int q = 2 * pair + k;
+                            __half2 q_lo, q_hi;
+                            memcpy(&q_lo, &w[k][0], 4), memcpy(&q_hi, &w[k][1], 4);
+#pragma unroll
+                            for (int i = 0; i < TWO; i++) {
+                                const __half2 c = __hfma2(q_lo, lo[i], __hmul2(q_hi, hi[i])), sn = __hfma2(q_hi, lo[i], __hneg2(__hmul2(q_lo, hi[i])));
+                                Words<2> z;
+                                memcpy(&z.x[0], &c, 4), memcpy(&z.x[1], &sn, 4);
+                                const int column = TOGETHER == 1 ? 2 * (q % SET) + q / SET : 8 * (SETS * (two / 2) + q / SET) + 2 * (q % SET) + i;
+                                store_shared((column % 2 ? z_store_odd : z_store) + column * (D / 2) * 4, z);
+                            }
+                        }
                     }
                 }
                 if (j + TOGETHER < p.count) ring.load_base(a, base, j + TOGETHER);
                 __syncwarp();
-                float c[TOGETHER / 2][4][4] = {};    // of blocks 2 m, 2 m + 1; 8 tokens further
+                float c[M][4][4] = {};
                 multiply_E<S>(c, E, z_load, z_load_odd);
 #pragma unroll
-                for (int tile = 0; tile < 4; tile++) mean_score[2 * tile] = c[0][tile][0], mean_score[2 * tile + 1] = c[0][tile][2];
+                for (int s = 0; s < SETS; s++)
+                    for (int tile = 0; tile < 4; tile++) {
+                        const auto &x = c[TOGETHER == 1 ? 0 : s][tile];
+                        const int column = TOGETHER == 1 ? s : 0;
+                        mean_score[s][2 * tile] = x[column], mean_score[s][2 * tile + 1] = x[column + 2];
+                    }
 #pragma unroll
                 for (int b = 1; b < TOGETHER; b++)
-                    for (int i = 0; i < 2; i++) {
-                        const auto &x = c[b / 2][2 * i], &y = c[b / 2][2 * i + 1];
-                        store_shared(ring.kept() + 1024 * (b - 1) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
-                    }
+                    for (int s = 0; s < SETS; s++)
+                        for (int i = 0; i < 2; i++) {
+                            const auto &x = c[b / 2 * SETS + s][2 * i], &y = c[b / 2 * SETS + s][2 * i + 1];
+                            store_shared(ring.kept() + 1024 * (SETS * (b - 1) + s) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
+                        }
             } else {
-                const uint32_t from = ring.kept() + (TOGETHER == 2 ? 0 : 1024 * (j % TOGETHER - 1));
-                for (int i = 0; i < 2; i++) {
-                    const float4 v = load_shared<float4>(from + 512 * i);
-                    mean_score[4 * i] = v.x, mean_score[4 * i + 1] = v.y, mean_score[4 * i + 2] = v.z, mean_score[4 * i + 3] = v.w;
-                }
+                const uint32_t from = ring.kept() + (TOGETHER == 2 ? 0 : 1024 * SETS * (j % TOGETHER - 1));
+                for (int s = 0; s < SETS; s++)
+                    for (int i = 0; i < 2; i++) {
+                        const float4 v = load_shared<float4>(from + 1024 * s + 512 * i);
+                        mean_score[s][4 * i] = v.x, mean_score[s][4 * i + 1] = v.y, mean_score[s][4 * i + 2] = v.z, mean_score[s][4 * i + 3] = v.w;
+                    }
             }
             {    // factors of tokens 2 lane, 2 lane + 1
                 const float2 k1 = first_norms_at(kb + offsetof(KB, s1), lane), k2 = scales_at(kb + offsetof(KB, s2), lane, &((KB *)nullptr)->s2);
@@ -170,60 +216,85 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             }
             __syncwarp();
             // scores of query t, tokens 8 j + g
-            float score[8];
+            float score[SETS][8];
+            if constexpr (SETS == 2) load_codes();
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
-                int e[4] = {};
+                int e[SETS][4] = {};
                 multiply_keys<K>(e, kb + k_lane, tile, bq, k_table);
                 const float2 f0 = factor(true, 2 * tile), f1 = factor(true, 2 * tile + 1);
-                score[2 * tile] = fmaf(fmaf((float)(e[0] * 256 + e[1]), unit, half_sum), f0.x, mean_score[2 * tile] * f0.y);
-                score[2 * tile + 1] = fmaf(fmaf((float)(e[2] * 256 + e[3]), unit, half_sum), f1.x, mean_score[2 * tile + 1] * f1.y);
+#pragma unroll
+                for (int s = 0; s < SETS; s++) {
+                    auto of = [&](int i, int j, const float2 &f) { return fmaf(fmaf((float)(e[s][j] * 256 + e[s][j + 1]), units[s].x, units[s].y), f.x, fmaf(mean_score[s][i], f.y, -m[s])); };
+                    score[s][2 * tile] = of(2 * tile, 0, f0), score[s][2 * tile + 1] = of(2 * tile + 1, 2, f1);
+                }
             }
             __syncwarp();
             ring.release_keys(a, j);
             // softmax in base 2; m follows when it is 2^8 too small
-            float top = score[0];
-            for (int i = 1; i < 8; i++) top = fmaxf(top, score[i]);
-            if (__any_sync(~0u, top > m + 8)) {
-                for (int o = 4; o < 32; o *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
-                const float up = fmaxf(m, top), old = exp2_fast(m - up);
-                m = up, l *= old, w_sum *= old;
-                for (int c = 0; c < V_CHANNELS; c++) out[c] *= old;
-                for (int q = 0; q < QUERIES; q++) {
-                    const float f = __shfl_sync(~0u, old, q);
-                    for (int c = 0; c < C; c++) plain[q][c] *= f;
+            float top[SETS];
+            bool up = j == 0;
+            for (int s = 0; s < SETS; s++) {
+                top[s] = score[s][0];
+                for (int i = 1; i < 8; i++) top[s] = fmaxf(top[s], score[s][i]);
+                up |= top[s] > 8;
+            }
+            if (__any_sync(~0u, up)) {
+#pragma unroll
+                for (int s = 0; s < SETS; s++) {
+                    for (int o = 4; o < 32; o *= 2) top[s] = fmaxf(top[s], __shfl_xor_sync(~0u, top[s], o));
+                    if (j > 0) top[s] = fmaxf(top[s], 0.0f);
+                    const float old = exp2_fast(fminf(-top[s], 0.0f));    // the first time there is nothing to make smaller
+                    m[s] += top[s], l[s] *= old, w_sum[s] *= old;
+                    for (int i = 0; i < 8; i++) score[s][i] -= top[s];
+                    for (int c = 0; c < V_CHANNELS; c++) out[s][c] *= old;
+                    for (int q = 0; q < SET; q++) {
+                        const float f = __shfl_sync(~0u, old, q);
+                        for (int c = 0; c < C; c++) plain[SET * s + q][c] *= f;
+                    }
                 }
             }
-            float weight[8], largest = 0, s1_sum = 0;
+            float (&weight)[SETS][8] = score, largest[SETS] = {}, s1_sum[SETS] = {}, w_unit[SETS];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float2 f = factor(false, i);
-                const float p = exp2_fast(score[i] - m);
-                l += p, s1_sum = fmaf(p, f.y, s1_sum);
-                weight[i] = p * f.x;
-                largest = fmaxf(largest, weight[i]);
-            }
-            for (int o = 4; o < 32; o *= 2) {
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
-                s1_sum += __shfl_xor_sync(~0u, s1_sum, o);
-            }
-            const uint32_t exponent = max(__float_as_uint(largest) & 0x7f800000u, 40u << 23);    // of the unit 2^-14 of the largest
-            const float inverse = __uint_as_float((254u + 14 << 23) - exponent), w_unit = __uint_as_float(exponent - (14u << 23));
-            // 1.5 2^23 + w has w in its low bits
-            uint32_t w[8], total = 0;
 #pragma unroll
-            for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[i], inverse, 12582912.0f));
-            w_sum = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit, w_sum);
-            // Query t: 128 bytes; g: 16 bytes, weights of tokens 8 i + g, swizzled so that lanes lie in different banks; z is done with.
-            Words<4> two;
-            for (int i = 0; i < 4; i++) two.x[i] = __byte_perm(w[2 * i], w[2 * i + 1], 0x5410);
-            store_shared(weight_store, two);
+                for (int s = 0; s < SETS; s++) {
+                    const float p = exp2_fast(score[s][i]);
+                    l[s] += p, s1_sum[s] = fmaf(p, f.y, s1_sum[s]);
+                    weight[s][i] = p * f.x;
+                    largest[s] = fmaxf(largest[s], weight[s][i]);
+                }
+            }
+            for (int o = 4; o < 32; o *= 2)
+                for (int s = 0; s < SETS; s++) {
+                    largest[s] = fmaxf(largest[s], __shfl_xor_sync(~0u, largest[s], o));
+                    s1_sum[s] += __shfl_xor_sync(~0u, s1_sum[s], o);
+                }
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                const uint32_t exponent = max(__float_as_uint(largest[s]) & 0x7f800000u, 40u << 23);    // of the unit 2^-14 of the largest
+                const float inverse = __uint_as_float((254u + 14 << 23) - exponent);
+                w_unit[s] = __uint_as_float(exponent - (14u << 23));
+                // 1.5 2^23 + w has w in its low bits
+                uint32_t w[8], total = 0;
+#pragma unroll
+                for (int i = 0; i < 8; i++) total += w[i] = __float_as_uint(fmaf(weight[s][i], inverse, 12582912.0f));
+                w_sum[s] = fmaf((float)(int)(total - 8u * 0x4B400000u), w_unit[s], w_sum[s]);
+                // Query t: 128 bytes; g: 16 bytes, weights of tokens 8 i + g, swizzled so that lanes lie in different banks; z is done with.
+                Words<4> two;
+                for (int i = 0; i < 4; i++) two.x[i] = __byte_perm(w[2 * i], w[2 * i + 1], 0x5410);
+                store_shared(weight_store + 512 * s, two);
+            }
+            uint32_t b[SETS][4][2];
             __syncwarp();
             // values: k = 4 t .. of step s, lower and upper half, are tokens 16 s + t and 8 further, and those 4 further
-            const uint4 near = load_shared<uint4>(weight_load), far = load_shared<uint4>(other_half(weight_load));
-            const uint32_t pairs[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
-            uint32_t b[4][2];
-            for (int i = 0; i < 8; i++) b[i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
+#pragma unroll
+            for (int s = 0; s < SETS; s++) {
+                const uint4 near = load_shared<uint4>(weight_load + 512 * s), far = load_shared<uint4>(other_half(weight_load) + 512 * s);
+                const uint32_t pairs[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
+                for (int i = 0; i < 8; i++) b[s][i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
+            }
             uint32_t vc[16][VW], vs[16] = {};
             auto load_codes = [&](int i) {
                 const uint32_t at = vb + v_lane + 4 * i * (D / V::channels);
@@ -235,7 +306,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 for (int i = 0; i < 16; i++) load_codes(i);
 #pragma unroll
             for (int first = 0; first < WORDS; first += WORDS_AT_ONCE) {
-                int e[WORDS_AT_ONCE][2][4] = {};    // even and odd channels of words first ..
+                int e[SETS][WORDS_AT_ONCE][2][4] = {};    // even and odd channels of words first ..
 #pragma unroll
                 for (int step = 0; step < 4; step++) {
                     uint32_t x[4][WORDS];    // tokens 16 step + 4 i + t
@@ -249,20 +320,24 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                         uint32_t a[4];    // rows: the word's lower two channels, its upper two
 #pragma unroll
                         for (int r = 0; r < 4; r++) a[r] = __byte_perm(x[r / 2][first + i], x[r / 2 + 2][first + i], r % 2 ? 0x7632 : 0x5410);
-                        mma_s8_u8(e[i][0], a, b[step][0], b[step][1]);
-                        mma_s8_u8(e[i][1], a, b[step][0] << 8, b[step][1] << 8);
+#pragma unroll
+                        for (int s = 0; s < SETS; s++) {
+                            mma_s8_u8(e[s][i][0], a, b[s][step][0], b[s][step][1]);
+                            mma_s8_u8(e[s][i][1], a, b[s][step][0] << 8, b[s][step][1] << 8);
+                        }
                     }
                 }
 #pragma unroll
-                for (int i = 0; i < 4 * WORDS_AT_ONCE; i++) {    // channel 4 word + 2 row + odd
-                    const int (&sums)[4] = e[i / 4][i % 2], row = i / 2 % 2;
-                    out[4 * first + i] = fmaf((float)(sums[2 * row] * 256 + sums[2 * row + 1]), w_unit, out[4 * first + i]);
-                }
+                for (int s = 0; s < SETS; s++)
+                    for (int i = 0; i < 4 * WORDS_AT_ONCE; i++) {    // channel 4 word + 2 row + odd
+                        const int (&sums)[4] = e[s][i / 4][i % 2], row = i / 2 % 2;
+                        out[s][4 * first + i] = fmaf((float)(sums[2 * row] * 256 + sums[2 * row + 1]), w_unit[s], out[s][4 * first + i]);
+                    }
             }
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
 #pragma unroll
-            for (int q = 0; q < QUERIES; q++) {
-                const float sum = __shfl_sync(~0u, s1_sum, q);
+            for (int q = 0; q < Q; q++) {
+                const float sum = __shfl_sync(~0u, s1_sum[q / SET], q % SET);
                 for (int c = 0; c < C; c++) plain[q][c] = fmaf(sum, mean.x[c], plain[q][c]);
             }
             __syncwarp();
@@ -272,9 +347,17 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         p.fetch(S::part(warp));
 
         // Lane (g, t) has channels V_CHANNELS g .. of query t.
-        for (int o = 4; o < 32; o *= 2) l += __shfl_xor_sync(~0u, l, o), w_sum += __shfl_xor_sync(~0u, w_sum, o);
-        for (int c = 0; c < V_CHANNELS; c++) warp_result<S, QUERIES>(warp).o[1][t][V_CHANNELS * g + c] = (out[c] + 0.5f * w_sum) * V::delta;
-        finish_warp<S, QUERIES>(a, p, scaled, m, l, [&](int q, int c) { return plain[q][c]; });
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+            for (int o = 4; o < 32; o *= 2) l[s] += __shfl_xor_sync(~0u, l[s], o), w_sum[s] += __shfl_xor_sync(~0u, w_sum[s], o);
+            for (int c = 0; c < V_CHANNELS; c++) warp_result<S, Q>(warp).o[1][SET * s + t][V_CHANNELS * g + c] = (out[s][c] + 0.5f * w_sum[s]) * V::delta;
+        }
+        for (float &x : m) x = p.count > 0 ? x : -INFINITY;
+        auto query = [&](int q) {
+            if constexpr (S::KEPT_NUMBERS) return load_query(q);
+            else return queries[q];
+        };
+        finish_warp<S, Q>(a, p, query, m, l, plain);
     } while (turns.go_on(a));
 }
 
@@ -295,13 +378,17 @@ Shares codes_shares(const KvView &kv, int rows, int G) {
     Shares shares;
     auto of = [&](auto layout) {
         using S = decltype(layout);
-        const int heads = kv.Hkv * (int)ceil_div(G, QUERIES);
+        const int heads = kv.Hkv * (int)ceil_div(G, queries_of_pass(G, true));
         shares = rows <= FEW_ROWS ? Shares{parts_of_few(heads, GPU_SMS), S::WARPS} : shares_of_many(rows * heads, kv.max_blocks, S::WARPS, S::LEAST_TEAM);
     };
     with_nsn(kv, [&](auto k, auto v) {
         using K = decltype(k);
         using V = decltype(v);
-        G == 1 ? of(Layout<K, V, 1>()) : of(Layout<K, V, QUERIES>());
+        switch (queries_of_pass(G, true)) {
+        case 1: return of(Layout<K, V, 1>());
+        case QUERIES: return of(Layout<K, V, QUERIES>());
+        default: return of(Layout<K, V, 2 * QUERIES>());
+        }
     });
     return shares;
 }
@@ -310,7 +397,12 @@ bool decode_codes_fit() { return most_shared >= (int)(END - START); }
 
 void decode_codes(const DecodeArgs &a) {
     if (a.G == 1) return decode_codes_one(a);
-    with_nsn(a.kv, [&](auto k, auto v) { launch_codes<Layout<decltype(k), decltype(v), QUERIES>>(decode_codes_kernel<decltype(k), decltype(v)>, a); });
+    with_nsn(a.kv, [&](auto k, auto v) {
+        using K = decltype(k);
+        using V = decltype(v);
+        if (queries_of_pass(a.G, true) > QUERIES) launch_codes<Layout<K, V, 2 * QUERIES>>(decode_codes_kernel<K, V, 2 * QUERIES>, a);
+        else launch_codes<Layout<K, V, QUERIES>>(decode_codes_kernel<K, V, QUERIES>, a);
+    });
 }
 }    // namespace cuda
 #endif

@@ -90,54 +90,79 @@ template <int D, int Q> struct QueryOnItsWay {
         row.load(a, query(a, p, first(p)));
     }
 };
-// The part's queries: a lane's pairs of all of them, and column g of a B operand of their integers, channels D/4 t + 4 i ..  Returns (unit,
-// half the sum of the integers) of query t.
-template <class S, int Q>
-__device__ float2 prepare_queries(const DecodeArgs &a, const Part &p, QueryOnItsWay<S::D, Q> &own, float (&scaled)[Q][S::D / 32], uint32_t (&bq)[S::D / 16]) {
-    constexpr int D = S::D, C = D / 32, PAIRS = D / 64, CODES = D * 4, UNIT = D * 6;
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rank = own.first(p), last_rank = Q == 1 ? 0 : p.team - 1;
-    auto at = [&](int q) { return S::slots(p.warp - rank + min(q, last_rank)) + S::SLOT + max(0, q - last_rank) * S::QUERY; };
-    auto sync = [&] { Q == 1 ? __syncwarp() : p.sync(); };
+// A query, turned by R, in integers of 16 bits.
+template <class S> struct QueryCodes {
+    static constexpr int D = S::D, C = D / 32, PAIRS = D / 64;
+    int v[C], sum;
+    float top;
+    __device__ explicit QueryCodes(Floats<C> x) {
+        hadamard_lanes(x.x);    // of channels in the order of (lower or upper half, lane, pair)
+        top = 1e-30f;
+        for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x.x[i]));
+        top = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(top)));    // bits of numbers >= 0 are in their order
+        const float inverse = 32512.0f / top;    // 127 * 256: hi fits a byte
+        sum = 0;
+        for (int i = 0; i < C; i++) sum += v[i] = __float2int_rn(x.x[i] * inverse);
+        sum = __reduce_add_sync(~0u, sum);
+    }
+    // Bytes hi and lo of the lane's channels c ..; (hi, lo) says where they go.
+    template <class Where> __device__ void store(Where where) const {
+        for (int half = 0; half < 2; half++) {
+            int8_t hi[PAIRS], lo[PAIRS];
+            for (int i = 0; i < PAIRS; i++) lo[i] = (int8_t)(v[half * PAIRS + i] & 255), hi[i] = (int8_t)((v[half * PAIRS + i] - lo[i]) >> 8);
+            const int c = half * D / 2 + PAIRS * (threadIdx.x % 32);
+            memcpy(at_address(where(c, 0)), hi, PAIRS), memcpy(at_address(where(c, 1)), lo, PAIRS);
+        }
+    }
+    __device__ float unit() const { return top * (1 / 32512.0f); }
+};
+// A part's only query: a lane's pairs of it, and column g of a B operand of its integers, channels D/4 t + 4 i ..  Returns (unit, half the
+// sum of the integers).
+template <class S>
+__device__ float2 prepare_query(const Part &p, const QueryOnItsWay<S::D, 1> &own, Floats<S::D / 32> (&query)[1], uint32_t (&bq)[S::D / 16]) {
+    constexpr int D = S::D;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const uint32_t bytes = S::queries(p.warp);
+    own.angles.sum().turn(query[0].x, own.row);
+    const QueryCodes<S> codes(query[0]);
+    codes.store([&](int c, int lo) { return bytes + lo * D + c; });
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 64; i++) {
+        const uint4 v = load_shared<uint4>(bytes + g % 2 * D + D / 4 * t + 16 * i);
+        memcpy(bq + 4 * i, &v, 16);
+    }
+    __syncwarp();
+    return make_float2(codes.unit(), 0.5f * codes.sum);
+}
+// A part's queries to where Layout has them; delta: what units are multiplied by.  The team's warps read numbers, then leave their place by p.sync().
+template <class S, int Q> __device__ void prepare_queries(const DecodeArgs &a, const Part &p, QueryOnItsWay<S::D, Q> &own, float delta) {
+    constexpr int D = S::D, C = D / 32, SETS = S::SETS;
+    const int lane = threadIdx.x % 32, first = p.warp - p.rank;
+    const uint32_t bytes = S::queries(first), units = bytes + SETS * S::CODES, pairs = units + SETS * S::UNITS;
 #pragma unroll 1
-    for (int q = rank; q < Q; q = rank < last_rank ? Q : q + 1) {
-        const uint32_t to = at(q);
-        if (q > rank) own.row.load(a, own.query(a, p, q));
+    for (int q = p.rank; q < Q; q += p.team) {
+        if (q > p.rank) own.row.load(a, own.query(a, p, q));
         Floats<C> x;
         own.angles.sum().turn(x.x, own.row);
         Words<C> w;
         memcpy(&w, &x, sizeof w);
-        store_shared(to + 4 * C * lane, w);
-        hadamard_lanes(x.x);    // of channels in the order of (lower or upper half, lane, pair)
-        float top = 1e-30f;
-        for (int i = 0; i < C; i++) top = fmaxf(top, fabsf(x.x[i]));
-        top = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(top)));    // bits of numbers >= 0 are in their order
-        const float inverse = 32512.0f / top;    // 127 * 256: hi fits a byte
-        int sum = 0, v[C];
-        for (int i = 0; i < C; i++) sum += v[i] = __float2int_rn(x.x[i] * inverse);
-        for (int half = 0; half < 2; half++) {
-            int8_t hi[PAIRS], lo[PAIRS];
-            for (int i = 0; i < PAIRS; i++) lo[i] = (int8_t)(v[half * PAIRS + i] & 255), hi[i] = (int8_t)((v[half * PAIRS + i] - lo[i]) >> 8);
-            uint8_t *const bytes = at_address(to + CODES + half * D / 2 + PAIRS * lane);
-            memcpy(bytes, hi, PAIRS), memcpy(bytes + D, lo, PAIRS);
+        store_shared(S::numbers(first, q) + 4 * C * lane, w);
+        const uint32_t pair = pairs + q / 2 * (4 * D) + q % 2 * 8;    // two pairs of two queries are 16 bytes
+        if constexpr (C == 4) store_shared(pair + 16 * lane, Words<2>{{pack(x.x[0], x.x[1]), pack(x.x[2], x.x[3])}});
+        else {
+            const float lo = __shfl_xor_sync(~0u, x.x[0], 1), hi = __shfl_xor_sync(~0u, x.x[1], 1);
+            if (lane % 2 == 0) store_shared(pair + 8 * lane, Words<2>{{pack(x.x[0], lo), pack(x.x[1], hi)}});
         }
-        sum = __reduce_add_sync(~0u, sum);
-        if (lane == 0) store_shared(to + UNIT, Words<2>{{__float_as_uint(top * (1 / 32512.0f)), __float_as_uint(0.5f * sum)}});
+        const QueryCodes<S> codes(x);
+        codes.store([&](int c, int lo) {    // lane (g, t) reads channels D/4 t + 16 i .. of column g
+            const int t = c / (D / 4), at = c % (D / 4), g = q % 4 * 2 + lo;
+            return bytes + q / 4 * S::CODES + at / 16 * 512 + 16 * (4 * g + t) + at % 16;
+        });
+        const float unit = codes.unit() * delta;
+        if (lane < 8) store_shared(units + 8 * SETS * (4 * lane + q % 4) + q / 4 * 8, Words<2>{{__float_as_uint(unit), __float_as_uint(unit * 0.5f * codes.sum)}});
     }
-    sync();
-#pragma unroll
-    for (int q = 0; q < Q; q++) {
-        const Floats<C> x = load_shared<Floats<C>>(at(q) + 4 * C * lane);
-        for (int i = 0; i < C; i++) scaled[q][i] = x.x[i];
-    }
-    const uint32_t codes = at(Q == 1 ? 0 : g / 2) + CODES + g % 2 * D + D / 4 * t;
-#pragma unroll
-    for (int i = 0; i < D / 64; i++) {
-        const uint4 v = load_shared<uint4>(codes + 16 * i);
-        memcpy(bq + 4 * i, &v, 16);
-    }
-    const float2 unit = load_shared<float2>(at(Q == 1 ? 0 : t) + UNIT);
-    sync();
-    return unit;
+    p.sync();
 }
 
 // Block j of the warp: its keys and its values come as soon as those whose place they take are done with, the mean of its keys before,
@@ -161,8 +186,8 @@ template <class K, class V, class S> struct BlockRing {
         for (int i = 0; i < AHEAD; i++) next[i] = entry_at(a, min(i + 1, last));
     }
     __device__ void start(const DecodeArgs &a, const Part &p) {
-        base = p.begin * K::d + K::d / 64 * lane();
-        k_from = opaque(p.h * (stride<K> / 16) + lane()), v_from = opaque(p.h * (stride<V> / 16) + lane());
+        base = p.begin * K::d + (S::BY_PART ? 2 * (lane() % (K::d / 4)) : lane());
+        k_from = opaque(p.h * (stride<K> / 16) + lane()), v_from = std::is_same_v<K, V> ? k_from : opaque(p.h * (stride<V> / 16) + lane());
         slots = opaque(S::slots(p.warp) + 16 * lane()), means = opaque(S::means(p.warp) + 4 * lane());
         const int number = after;
         for (int i = 0; i < AHEAD; i++) load_mean(a, i, i == 0 ? number : next[i - 1]);
@@ -179,7 +204,7 @@ template <class K, class V, class S> struct BlockRing {
     __device__ uint32_t values_at(int j) const { return keys_at(j) + S::SLOT_K; }
     // From the same register: the lane's 16 bytes of token factors, and of the mean scores of blocks behind the first of those done together.
     __device__ uint32_t factors() const { return slots + 2 * S::SLOT; }
-    __device__ uint32_t kept() const { return slots - S::Z + 512; }
+    __device__ uint32_t kept() const { return slots - S::Z + 512 * S::SETS; }
     // What is in flight: keys, values, keys, values ...; that these of the block at work are there:
     __device__ void wait_keys() const { wait<3>(); }      // before the next are asked for
     __device__ void wait_values() const { wait<3>(); }    // after release_keys
@@ -195,12 +220,14 @@ template <class K, class V, class S> struct BlockRing {
         for (int i = 0; i < AHEAD - 1; i++) next[i] = next[i + 1];
         next[AHEAD - 1] = after;
     }
-    // Cosines and sines at the start of blocks j .. j + AHEAD-1, pairs N lane ..
-    template <int N> __device__ void load_base(const DecodeArgs &a, Floats<N> (&x)[AHEAD][2], int j) const {
-        static_assert(N == K::d / 64);
+    // Cosines and sines at the start of blocks j .. j + AHEAD-1: the pairs that the lane turns of a mean, N neighbours.  Of twice as many
+    // blocks as M, where half the lanes have all pairs of one: lower lanes the even ones, upper lanes the odd ones.
+    template <int N, int M> __device__ void load_base(const DecodeArgs &a, Floats<N> (&x)[M][2], int j) const {
+        constexpr int EACH = AHEAD / M, LANES = K::d / 2 / N;
+        static_assert(N == (S::BY_PART ? 2 : 1) && EACH * LANES == 32);
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const float *from = a.kv.rope.base + (base + min(j + i, count - 1) * every * K::d);
+        for (int i = 0; i < M; i++) {
+            const float *from = a.kv.rope.base + (base + min(j + EACH * i + lane() / LANES, count - 1) * every * K::d);
             x[i][0] = *(const Floats<N> *)from, x[i][1] = *(const Floats<N> *)(from + K::d / 2);
         }
     }
@@ -273,38 +300,49 @@ template <class K, class V, class S, int Q> struct Turns {
 };
 
 // Where a warp's sums of codewords go, and what a team merges.
-template <class S, int Q> __device__ WarpResult<S::D, Q, true> &warp_result(int warp) { return *(WarpResult<S::D, Q, true> *)at_address(S::slots(warp)); }
-// Exact tokens of the part, then all together.  Lane q has m and l of query q's codes, or all lanes have one query's; plain(q, c): their
-// sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
-template <class S, int Q, class Plain>
-__device__ void finish_warp(const DecodeArgs &a, const Part &p, const float (&scaled)[Q][S::D / 32], float m, float l, Plain plain) {
-    constexpr int D = S::D, C = D / 32;
+template <class S, int Q> __device__ WarpResult<S::D, Q, true> &warp_result(int warp) { return *(WarpResult<S::D, Q, true> *)at_address(S::warp_at(warp)); }
+// Exact tokens of the part, then all together.  query(q): the lane's pairs.  Lane q has m and l of the codes of a set's query q, or all lanes have one query's;
+// plain[q][c]: their sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
+template <class S, int Q, class Query>
+__device__ void finish_warp(const DecodeArgs &a, const Part &p, Query query, const float (&m)[S::SETS], const float (&l)[S::SETS], const float (&plain)[Q][S::D / 32]) {
+    constexpr int D = S::D, C = D / 32, SET = Q / S::SETS;
     const KvView &kv = a.kv;
     const int n_queries = p.queries<Q>(a);
     const int64_t first = p.first_query(a);
-    ExactTokens<D, Q> tokens;
+    ExactTokens<D, SET> sets[S::SETS];
     const int groups = p.exact_groups();
 #pragma unroll 1
     for (int i = p.first_exact(); i < groups; i += p.parts * p.team) {
         const ExactGroup e(a, p, i);
         const int own = p.pos - e.block * KV_BLOCK;
         const OwnRow own_rows = own_row<D>(a, p.n, p.slot, p.h, p.pos, i == groups - 1, (f16 *)at_address(S::warp_at(p.warp)));
+        auto &tokens = sets[0];
         tokens.load_keys(kv.k_exact + e.rows, own_rows.k, e.t0, own);
         tokens.load_values(kv.v_exact + e.rows, own_rows.v, e.t0, own);
         tokens.load_base(kv.rope.base + (int64_t)e.block * D);
-        tokens.turn_queries([&](int q, int i) { return scaled[q][i]; });
-        tokens.add_values(tokens.scores(kv.rope.step + e.t0 * D, e.t0, own));
-    }
-    const float both = fmaxf(tokens.m, m), exact_weight = merge_weight(tokens.m, both), coded_weight = merge_weight(m, both);
-    const float l_both = tokens.total() * exact_weight + l * coded_weight;
 #pragma unroll
-    for (int q = 0; q < Q; q++) {
-        const float exact_of = __shfl_sync(~0u, exact_weight, q), coded_of = __shfl_sync(~0u, coded_weight, q);
-        for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_of + plain(q, c) * coded_of;
+        for (int s = 0; s < S::SETS; s++) {
+            if (s > 0) sets[s].see(tokens);
+            Floats<C> x[SET];
+            for (int q = 0; q < SET; q++) x[q] = query(SET * s + q);
+            sets[s].turn_queries([&](int q, int i) { return x[q].x[i]; });
+            sets[s].add_values(sets[s].scores(kv.rope.step + e.t0 * D, e.t0, own));
+        }
     }
     auto &result = warp_result<S, Q>(p.warp);
-    result.put(tokens.o, both, l_both);
-    if (threadIdx.x % 32 < Q) result.m[1][threadIdx.x % 32] = m;
+#pragma unroll
+    for (int s = 0; s < S::SETS; s++) {
+        auto &tokens = sets[s];
+        const float both = fmaxf(tokens.m, m[s]), exact_weight = merge_weight(tokens.m, both), coded_weight = merge_weight(m[s], both);
+        const float l_both = tokens.total() * exact_weight + l[s] * coded_weight;
+#pragma unroll
+        for (int q = 0; q < SET; q++) {
+            const float exact_of = __shfl_sync(~0u, exact_weight, q), coded_of = __shfl_sync(~0u, coded_weight, q);
+            for (int c = 0; c < C; c++) tokens.o[q][c] = tokens.o[q][c] * exact_of + plain[SET * s + q][c] * coded_of;
+        }
+        result.put(tokens.o, both, l_both, SET * s);
+        if (threadIdx.x % 32 < SET) result.m[1][SET * s + threadIdx.x % 32] = m[s];
+    }
     p.sync();
     merge_warps<D, Q, true>(a, first, n_queries, p.part, p.parts, p.rank, p.team,
                             [&](int w) -> const auto & { return warp_result<S, Q>(p.warp - p.rank + w); });

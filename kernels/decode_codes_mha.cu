@@ -85,13 +85,13 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         if (!p.there()) continue;
         Floats<PAIRS> base[4][2];                                  // of the next four blocks
         if (p.count > 0) ring.load_base(a, base, 0);
-        float scaled[1][2 * PAIRS];                                // pairs PAIRS lane ..
-        uint32_t bq[2 * STEPS];
-        const float2 unit_sum = prepare_queries<S, 1>(a, p, turns.query, scaled, bq);
-        const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y, (&q)[2 * PAIRS] = scaled[0];
+        Floats<C> query[1];                                        // pairs PAIRS lane ..
+        uint32_t bq[1][2 * STEPS];
+        const float2 unit_sum = prepare_query<S>(p, turns.query, query, bq[0]);
+        const float unit = unit_sum.x * K::delta, half_sum = unit * unit_sum.y, (&q)[2 * PAIRS] = query[0].x;
         ring.load_second(a);
         p.keep(S::part(warp));
-        float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[C] = {};    // l and w_sum of the lane's tokens
+        float m = -INFINITY, l = 0, w_sum = 0, out[TILES][4] = {}, plain[1][C] = {};    // l and w_sum of the lane's tokens
 
 #pragma unroll 1
         for (int j = 0; j < p.count; j++) {
@@ -110,13 +110,16 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                     }
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        Words<PAIRS> z;
+                        float zc[PAIRS], zs[PAIRS];
 #pragma unroll
                         for (int k = 0; k < PAIRS; k++) {
                             const float c = base[two + i][0].x[k], s = base[two + i][1].x[k];
                             const float ml = lo[i].x[k] * c - hi[i].x[k] * s, mh = lo[i].x[k] * s + hi[i].x[k] * c;
-                            z.x[k] = pack(q[k] * ml + q[PAIRS + k] * mh, q[PAIRS + k] * ml - q[k] * mh);
+                            zc[k] = q[k] * ml + q[PAIRS + k] * mh, zs[k] = q[PAIRS + k] * ml - q[k] * mh;
                         }
+                        Words<PAIRS> z;
+                        if constexpr (S::BY_PART) z = {{pack(zc[0], zc[1]), pack(zs[0], zs[1])}};
+                        else z = {{pack(zc[0], zs[0])}};
                         store_shared((i % 2 ? z_store_odd : z_store) + (two + i) * (D / 2) * 4, z);
                     }
                 }
@@ -135,9 +138,9 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             int dot[4][2];
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
-                int e[4] = {};
+                int e[1][4] = {};
                 multiply_keys<K>(e, kb + k_lane, tile, bq, k_table);
-                dot[tile][0] = e[0] * 256 + e[1], dot[tile][1] = e[2] * 256 + e[3];
+                dot[tile][0] = e[0][0] * 256 + e[0][1], dot[tile][1] = e[0][2] * 256 + e[0][3];
             }
             float score[2];
             {
@@ -158,7 +161,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
                 m = up, l *= old, w_sum *= old;
                 for (int i = 0; i < TILES; i++)
                     for (int c = 0; c < 4; c++) out[i][c] *= old;
-                for (int c = 0; c < C; c++) plain[c] *= old;
+                for (int c = 0; c < C; c++) plain[0][c] *= old;
             }
             ring.wait_values();
             const float2 s1 = first_norms_of(vb + offsetof(VB, s1), token), s2 = scales_of(vb + offsetof(VB, s2), token, &((VB *)nullptr)->s2);
@@ -196,7 +199,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
             for (int i = 0; i < TILES; i++)
                 for (int c = 0; c < 4; c++) out[i][c] = fmaf((float)e[i][c], w_unit, out[i][c]);
             const Floats<C> mean = mean_at<D, C>(vb + offsetof(VB, mean), C * lane);
-            for (int c = 0; c < C; c++) plain[c] = fmaf(s1_sum, mean.x[c], plain[c]);
+            for (int c = 0; c < C; c++) plain[0][c] = fmaf(s1_sum, mean.x[c], plain[0][c]);
             __syncwarp();
             ring.release_values(a, j);
         }
@@ -216,7 +219,7 @@ template <class K, class V> __global__ void __launch_bounds__(32 * Layout<K, V, 
         float *const to = warp_result<S, 1>(warp).o[1][0] + 8 * TILES * g + t / 2 * 4 + t % 2 * 2;
         for (int i = 0; i < TILES; i++)
             for (int c = 0; c < 2; c++) to[8 * i + c] = (sum[i][c] + 0.5f * w_sum) * V::delta;
-        finish_warp<S, 1>(a, p, scaled, m, l, [&](int, int c) { return plain[c]; });
+        finish_warp<S, 1>(a, p, [&](int) { return query[0]; }, {m}, {l}, plain);
     } while (turns.go_on(a));
 }
 

@@ -10,34 +10,45 @@ constexpr int ROW = 128, TABLE_BYTES = 256 * ROW;     // of a codebook: a row ha
 
 template <class Format> constexpr int stride = (int)kv_aligned(sizeof(typename Format::Block));    // kv_block_stride
 
-// Q: query heads of a kv head, at most.
+// Q: query heads of a kv head that share a pass, at most: one, or a set of four, the columns of a product, or two sets.
 template <class K, class V, int Q> struct Layout {
-    static constexpr int D = K::d;
+    static constexpr int D = K::d, SETS = (Q + 3) / 4;
     static constexpr bool ALIKE = std::is_same_v<K, V>;
     static constexpr int SLOT_K = stride<K>, SLOT_V = stride<V>, SLOT = SLOT_K + SLOT_V;
     static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
+    // Of a query: its numbers.  Of a set: fragments of its integers' bytes; (unit, unit times half the sum of the integers), a copy for every g;
+    // pairs of channels in f16.
+    static constexpr int NUMBERS = D * 4, CODES = D * 8, UNITS = 256, PAIRS = 4 * D * 2;
     // The mean scores of n blocks are made together.  Where their z was lie then the weights of the block at work, 512 bytes, and the mean
-    // scores of the n - 1 that follow, 1 KB each; with one query those of all four, and weights behind them.
+    // scores of the n - 1 that follow, 1 KB each, all for each set; with one query those of all four, and weights behind them.
     static constexpr int KEPT = 48;    // of a warp's Part
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
-    static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, n * 1024 - 512); }
+    static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, SETS * (n * 1024 - 512)); }
     static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + KEPT + 127) / 128 * 128; }
-    static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / warp_bytes(n), CODE_WARPS); }
-    // Four where neither warps nor registers get scarce: E is read half as often.
-    static constexpr int TOGETHER = Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
-    static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER);
-    static constexpr int BYTES = WARPS_AT + WARPS * WARP - (int)START;
-    // Of a query while a team prepares it, in a second slot that no block has yet: its numbers, its bytes (hi, lo), (unit, half their sum).
-    static constexpr int QUERY = D * 4 + D * 2 + 16, LEAST_TEAM = Q * QUERY <= SLOT ? 1 : 2;    // a team's last warp prepares those that others do not
-    static_assert((Q - LEAST_TEAM + 1) * QUERY <= SLOT && QUERY % 16 == 0, "queries do not fit");
-    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q, true>) <= 2 * SLOT, "does not fit");
-    // A warp's: z, at a multiple of 128, two blocks, token factors, means, part.
+    static constexpr int warps(int n, int share = 0) { return std::min(((int)END - WARPS_AT) / (warp_bytes(n) + share), CODE_WARPS); }
+    // Four where neither warps nor registers get scarce: E is read half as often.  Eight queries of one block are eight columns already.
+    static constexpr int TOGETHER = SETS == 2 ? 128 / D : Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
+    // Exact tokens, behind the blocks, need numbers again: they stay in a place of the team if that costs no warp, else in registers.  All of
+    // two sets stays there: registers do not hold it.
+    static constexpr int LEAST_TEAM = Q == 1 ? 1 : 2 * SETS, NUMBERS_SHARE = Q * NUMBERS / LEAST_TEAM;
+    static constexpr bool KEPT_NUMBERS = SETS == 2 || (Q > 1 && warps(TOGETHER, NUMBERS_SHARE) == warps(TOGETHER));
+    static constexpr int SHARE = (KEPT_NUMBERS ? NUMBERS_SHARE : 0) + (SETS == 2 ? SETS * (CODES + UNITS + PAIRS) / LEAST_TEAM : 0);
+    static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER, SHARE);
+    static constexpr int QUERIES_AT = WARPS_AT + WARPS * WARP, BYTES = QUERIES_AT + WARPS * SHARE - (int)START;
+    // A word of z, and of E: the cosine parts, or the sine parts, of two pairs; or both parts of one pair.
+    static constexpr bool BY_PART = D == 128 || Q > 1;
+    static_assert(WARPS >= LEAST_TEAM && SHARE % 16 == 0 && (Q == 1 ? NUMBERS + 2 * D : 4 * NUMBERS) <= SLOT && CODES + UNITS + PAIRS <= SLOT + FACTORS, "queries do not fit");
+    static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q, true>) <= Z + 2 * SLOT + FACTORS + MEANS * MEAN, "does not fit");
+    // A warp's: z, at a multiple of 128, two blocks, token factors, means, part.  All but the part take its result.
     __device__ static uint32_t warp_at(int w) { return WARPS_AT + w * WARP; }
     __device__ static uint32_t slots(int w) { return warp_at(w) + Z; }
     __device__ static uint32_t factors(int w) { return slots(w) + 2 * SLOT; }
     __device__ static uint32_t means(int w) { return factors(w) + FACTORS; }
     __device__ static uint32_t part(int w) { return means(w) + MEANS * MEAN; }
+    // Of a team, by its first warp: query q's numbers; fragments, units, pairs.  What does not stay is in second slots, which have no block yet.
+    __device__ static uint32_t numbers(int first, int q) { return KEPT_NUMBERS ? QUERIES_AT + first * SHARE + q * NUMBERS : slots(first + 1) + SLOT + q * NUMBERS; }
+    __device__ static uint32_t queries(int first) { return SETS == 2 ? QUERIES_AT + first * SHARE + Q * NUMBERS : slots(first) + SLOT; }
     __device__ static uint32_t E(int lane) { return E_AT + 16 * lane; }
     // A lane's copy of a codebook.
     template <class Format> __device__ static uint32_t copy(uint32_t table, int lane) { return table + (Format::channels == 8 ? lane % 16 * 8 : lane * 4); }
@@ -66,6 +77,11 @@ __device__ inline uint32_t load_codeword(uint32_t at) {    // nobody writes them
 __device__ inline uint2 load_codeword2(uint32_t at) {
     uint2 v;
     asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+__device__ inline uint4 load_codeword4(uint32_t at) {
+    uint4 v;
+    asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
     return v;
 }
 template <class T> __device__ inline T load_shared(uint32_t at) {
@@ -155,7 +171,7 @@ template <int BYTES> __device__ inline uint32_t signs_at(uint32_t at) {
 }
 // Products of 16 tokens' codewords and the query's bytes: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
 // `codes` is where those of token g begin, the first field of a block.
-template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint32_t codes, int tile, const uint32_t (&bq)[N], uint32_t table) {
+template <class K, int SETS, int N> __device__ inline void multiply_keys(int (&e)[SETS][4], uint32_t codes, int tile, const uint32_t (&bq)[SETS][N], uint32_t table) {
     constexpr int D = K::d, ROW = D / K::channels, BYTES = ROW / 4, WORDS = BYTES < 4 ? 1 : BYTES / 4;
     uint32_t x[2][N];
 #pragma unroll
@@ -167,7 +183,8 @@ template <class K, int N> __device__ inline void multiply_keys(int (&e)[4], uint
         look_up<K::channels, K::has_sign, BYTES>(x[half], code, sign, table);
     }
 #pragma unroll
-    for (int k = 0; k < N / 2; k++) mma_s8(e, {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[2 * k], bq[2 * k + 1]);
+    for (int k = 0; k < N / 2; k++)
+        for (int s = 0; s < SETS; s++) mma_s8(e[s], {x[0][2 * k], x[1][2 * k], x[0][2 * k + 1], x[1][2 * k + 1]}, bq[s][2 * k], bq[s][2 * k + 1]);
 }
 // The four tiles of E times M matrices z, one behind the other: 8 columns are rows of D/2 words, whose 64-byte halves are swapped in odd ones.
 // z's place is free then.
@@ -181,16 +198,23 @@ template <class S, int M> __device__ inline void multiply_E(float (&c)[M][4][4],
             const uint4 v = load_shared<uint4>((k % 2 ? z_load_odd : z_load) + k / 2 * 128 + m * 16 * D);
             memcpy(z[m] + 4 * k, &v, 16);
         }
-    __syncwarp();
-#pragma unroll
-    for (int k = 0; k < D / 16; k++)
+    unsigned e[2][4][4];
+    auto load = [&](int k) {
 #pragma unroll
         for (int tile = 0; tile < 4; tile++) {
-            unsigned e[4];
-            const uint4 v = load_shared<uint4>(E + (tile * (D / 16) + k) * 512);
-            memcpy(e, &v, 16);
-            for (int m = 0; m < M; m++) mma(c[m][tile], e, z[m][2 * k], z[m][2 * k + 1]);
+            const uint4 v = load_codeword4(E + (tile * (D / 16) + k) * 512);
+            memcpy(e[k % 2][tile], &v, 16);
         }
+    };
+    load(0);
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        if (k + 1 < D / 16) load(k + 1);
+#pragma unroll
+        for (int tile = 0; tile < 4; tile++)
+            for (int m = 0; m < M; m++) mma(c[m][tile], e[k % 2][tile], z[m][2 * k], z[m][2 * k + 1]);
+    }
 }
 // One copy of codeword k for every lane that reads it alone; a thread fills a row.  Loads and stores are apart, so that those of all tables
 // wait together.
@@ -232,8 +256,12 @@ template <class S> struct AngleRows {
     }
     __device__ void store() const {
 #pragma unroll
-        for (int i = 0; i < EACH; i++)
-            store_shared(S::E(threadIdx.x % 32) + fragment(i) * 512, Words<4>{{pack(x[i][0][0].x, x[i][0][1].x), pack(x[i][1][0].x, x[i][1][1].x), pack(x[i][0][0].y, x[i][0][1].y), pack(x[i][1][0].y, x[i][1][1].y)}});
+        for (int i = 0; i < EACH; i++) {
+            const float2 (&near)[2] = x[i][0], (&far)[2] = x[i][1];    // cosines, sines of two pairs
+            store_shared(S::E(threadIdx.x % 32) + fragment(i) * 512,
+                         S::BY_PART ? Words<4>{{pack(near[0].x, near[0].y), pack(far[0].x, far[0].y), pack(near[1].x, near[1].y), pack(far[1].x, far[1].y)}}
+                                    : Words<4>{{pack(near[0].x, near[1].x), pack(far[0].x, far[1].x), pack(near[0].y, near[1].y), pack(far[0].y, far[1].y)}});
+        }
     }
 };
 template <class K, class V, class S> struct Tables {
