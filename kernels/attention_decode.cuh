@@ -366,12 +366,16 @@ __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part,
                 for (int c = 0; c < D / 32; c++) o[i][c] = fmaf(r.o[i][q][D / 32 * lane + c], weight, o[i][c]);
             }
         };
-        if (warps == CODE_WARPS) {    // all at once
+        // Four at a time, and all of the few rows' at once: their loads are on their way together.
+        auto all = [&](auto n) {
 #pragma unroll
-            for (int w = 0; w < CODE_WARPS; w++) raise(w);
+            for (int w = 0; w < n.value; w++) raise(w);
 #pragma unroll
-            for (int w = 0; w < CODE_WARPS; w++) add(w);
-        } else {
+            for (int w = 0; w < n.value; w++) add(w);
+        };
+        if (warps == 12) all(std::integral_constant<int, 12>());
+        else if (warps == 8) all(std::integral_constant<int, 8>());
+        else {
 #pragma unroll 4
             for (int w = 0; w < warps; w++) raise(w);
 #pragma unroll 4

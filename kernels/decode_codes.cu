@@ -106,14 +106,10 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
         if (!p.there()) continue;
         Floats<2> base[TOGETHER / AT_A_TIME][2];                           // angles of the next blocks whose means are due
         if (p.count > 0) ring.load_base(a, base, 0);
+        ring.load_second(a);
         prepare_queries<S, Q>(a, p, turns.query, K::delta);
-        const int first = warp - p.rank;
-        const uint32_t fragments = opaque(S::queries(first) + 16 * lane), units_at = S::queries(first) + SETS * S::CODES + 8 * SETS * lane, pairs_at = S::queries(first) + SETS * (S::CODES + S::UNITS) + 16 * L;
-        auto load_query = [&](int q) { return load_shared<Floats<C>>(S::numbers(warp - p.rank, q) + 4 * C * lane); };    // pairs C/2 lane ..
-        Floats<C> queries[S::KEPT_NUMBERS ? 1 : Q];
-        if constexpr (!S::KEPT_NUMBERS)
-#pragma unroll
-            for (int q = 0; q < Q; q++) queries[q] = load_query(q);
+        const uint32_t fragments = opaque(S::queries(warp - p.rank) + 16 * lane), units_at = fragments + SETS * S::CODES - (SETS == 1 ? 8 * lane : 0);
+        const uint32_t pairs_at = fragments + SETS * (S::CODES + S::UNITS) - 16 * (lane - L);
         // One set's are in registers, two sets' are loaded where they are needed.
         uint32_t bq[SETS][2 * STEPS];    // column g of a B operand of the queries' integers, channels D/4 t + 4 i ..
         float2 units[SETS];              // of query t: (unit, unit times half the sum of the integers)
@@ -134,8 +130,6 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
             for (int i = 0; i < Q / 2; i++) pairs[i] = load_shared<uint4>(pairs_at + i * (4 * D));
         };
         if constexpr (SETS == 1) load_codes(), load_pairs();
-        p.sync();
-        ring.load_second(a);
         p.keep(S::part(warp));
         float m[SETS] = {}, l[SETS] = {}, w_sum[SETS] = {}, out[SETS][V_CHANNELS] = {}, plain[Q][C] = {};
 
@@ -185,7 +179,8 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
                 if (j + TOGETHER < p.count) ring.load_base(a, base, j + TOGETHER);
                 __syncwarp();
                 float c[M][4][4] = {};
-                multiply_E<S>(c, E, z_load, z_load_odd);
+                if (M > SETS && j + 2 >= p.count) multiply_E<S>((float (&)[SETS][4][4])c, E, z_load, z_load_odd);    // there are no others
+                else multiply_E<S>(c, E, z_load, z_load_odd);
 #pragma unroll
                 for (int s = 0; s < SETS; s++)
                     for (int tile = 0; tile < 4; tile++) {
@@ -353,10 +348,7 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
             for (int c = 0; c < V_CHANNELS; c++) warp_result<S, Q>(warp).o[1][SET * s + t][V_CHANNELS * g + c] = (out[s][c] + 0.5f * w_sum[s]) * V::delta;
         }
         for (float &x : m) x = p.count > 0 ? x : -INFINITY;
-        auto query = [&](int q) {
-            if constexpr (S::KEPT_NUMBERS) return load_query(q);
-            else return queries[q];
-        };
+        auto query = [&](int q) { return load_shared<Floats<C>>(S::numbers(warp - p.rank, q) + 4 * C * lane); };
         finish_warp<S, Q>(a, p, query, m, l, plain);
     } while (turns.go_on(a));
 }

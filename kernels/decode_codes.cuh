@@ -122,7 +122,7 @@ template <class S>
 __device__ float2 prepare_query(const Part &p, const QueryOnItsWay<S::D, 1> &own, Floats<S::D / 32> (&query)[1], uint32_t (&bq)[S::D / 16]) {
     constexpr int D = S::D;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t bytes = S::queries(p.warp);
+    const uint32_t bytes = S::slots(p.warp) + S::SLOT;    // no block has it yet
     own.angles.sum().turn(query[0].x, own.row);
     const QueryCodes<S> codes(query[0]);
     codes.store([&](int c, int lo) { return bytes + lo * D + c; });
@@ -135,7 +135,7 @@ __device__ float2 prepare_query(const Part &p, const QueryOnItsWay<S::D, 1> &own
     __syncwarp();
     return make_float2(codes.unit(), 0.5f * codes.sum);
 }
-// A part's queries to where Layout has them; delta: what units are multiplied by.  The team's warps read numbers, then leave their place by p.sync().
+// A part's queries to where Layout has them; delta: what units are multiplied by.
 template <class S, int Q> __device__ void prepare_queries(const DecodeArgs &a, const Part &p, QueryOnItsWay<S::D, Q> &own, float delta) {
     constexpr int D = S::D, C = D / 32, SETS = S::SETS;
     const int lane = threadIdx.x % 32, first = p.warp - p.rank;

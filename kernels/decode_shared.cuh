@@ -18,27 +18,25 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int MEAN = sizeof(Mean<D>), E_BYTES = KV_BLOCK * D * 2, FACTORS = Q == 1 ? 0 : KV_BLOCK * 16;
     static constexpr int K_TABLE = START, V_TABLE = K_TABLE + (ALIKE ? 0 : TABLE_BYTES), E_AT = V_TABLE + TABLE_BYTES, WARPS_AT = E_AT + E_BYTES;
     // Of a query: its numbers.  Of a set: fragments of its integers' bytes; (unit, unit times half the sum of the integers), a copy for every g;
-    // pairs of channels in f16.
+    // pairs of channels in f16.  All of a part's are in a place of the team, of which a warp has a share.
     static constexpr int NUMBERS = D * 4, CODES = D * 8, UNITS = 256, PAIRS = 4 * D * 2;
+    static constexpr int LEAST_TEAM = Q == 1 ? 1 : 2 * SETS, SHARE = Q == 1 ? 0 : (Q * NUMBERS + SETS * (CODES + UNITS + PAIRS)) / LEAST_TEAM;
     // The mean scores of n blocks are made together.  Where their z was lie then the weights of the block at work, 512 bytes, and the mean
     // scores of the n - 1 that follow, 1 KB each, all for each set; with one query those of all four, and weights behind them.
     static constexpr int KEPT = 48;    // of a warp's Part
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
     static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, SETS * (n * 1024 - 512)); }
     static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + KEPT + 127) / 128 * 128; }
-    static constexpr int warps(int n, int share = 0) { return std::min(((int)END - WARPS_AT) / (warp_bytes(n) + share), CODE_WARPS); }
-    // Four where neither warps nor registers get scarce: E is read half as often.  Eight queries of one block are eight columns already.
-    static constexpr int TOGETHER = SETS == 2 ? 128 / D : Q == 1 || (D == 64 && K::channels > 2 && warps(4) == warps(2)) ? 4 : 2;
-    // Exact tokens, behind the blocks, need numbers again: they stay in a place of the team if that costs no warp, else in registers.  All of
-    // two sets stays there: registers do not hold it.
-    static constexpr int LEAST_TEAM = Q == 1 ? 1 : 2 * SETS, NUMBERS_SHARE = Q * NUMBERS / LEAST_TEAM;
-    static constexpr bool KEPT_NUMBERS = SETS == 2 || (Q > 1 && warps(TOGETHER, NUMBERS_SHARE) == warps(TOGETHER));
-    static constexpr int SHARE = (KEPT_NUMBERS ? NUMBERS_SHARE : 0) + (SETS == 2 ? SETS * (CODES + UNITS + PAIRS) / LEAST_TEAM : 0);
-    static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER, SHARE);
+    // Each of four schedulers has a quarter of the registers: 255 for two warps, 168 for three.
+    static constexpr int MOST_WARPS = D == 128 && Q > 1 ? 8 : CODE_WARPS;
+    static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / (warp_bytes(n) + SHARE), MOST_WARPS); }
+    // As many as cost no warp: E is read less often.  (d 64: where registers are not scarce.)
+    static constexpr int TOGETHER = Q == 1 || (SETS == 1 && (D == 128 || K::channels > 2) && warps(4) == warps(2)) ? 4 : SETS == 1 || warps(2) == warps(1) ? 2 : 1;
+    static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER);
     static constexpr int QUERIES_AT = WARPS_AT + WARPS * WARP, BYTES = QUERIES_AT + WARPS * SHARE - (int)START;
     // A word of z, and of E: the cosine parts, or the sine parts, of two pairs; or both parts of one pair.
     static constexpr bool BY_PART = D == 128 || Q > 1;
-    static_assert(WARPS >= LEAST_TEAM && SHARE % 16 == 0 && (Q == 1 ? NUMBERS + 2 * D : 4 * NUMBERS) <= SLOT && CODES + UNITS + PAIRS <= SLOT + FACTORS, "queries do not fit");
+    static_assert(WARPS >= LEAST_TEAM && SHARE % 16 == 0 && (Q > 1 || 2 * D <= SLOT), "queries do not fit");
     static_assert(WARPS >= 4 && sizeof(WarpResult<D, Q, true>) <= Z + 2 * SLOT + FACTORS + MEANS * MEAN, "does not fit");
     // A warp's: z, at a multiple of 128, two blocks, token factors, means, part.  All but the part take its result.
     __device__ static uint32_t warp_at(int w) { return WARPS_AT + w * WARP; }
@@ -46,9 +44,9 @@ template <class K, class V, int Q> struct Layout {
     __device__ static uint32_t factors(int w) { return slots(w) + 2 * SLOT; }
     __device__ static uint32_t means(int w) { return factors(w) + FACTORS; }
     __device__ static uint32_t part(int w) { return means(w) + MEANS * MEAN; }
-    // Of a team, by its first warp: query q's numbers; fragments, units, pairs.  What does not stay is in second slots, which have no block yet.
-    __device__ static uint32_t numbers(int first, int q) { return KEPT_NUMBERS ? QUERIES_AT + first * SHARE + q * NUMBERS : slots(first + 1) + SLOT + q * NUMBERS; }
-    __device__ static uint32_t queries(int first) { return SETS == 2 ? QUERIES_AT + first * SHARE + Q * NUMBERS : slots(first) + SLOT; }
+    // Of a team, by its first warp: query q's numbers; fragments, units, pairs.
+    __device__ static uint32_t numbers(int first, int q) { return QUERIES_AT + first * SHARE + q * NUMBERS; }
+    __device__ static uint32_t queries(int first) { return numbers(first, Q); }
     __device__ static uint32_t E(int lane) { return E_AT + 16 * lane; }
     // A lane's copy of a codebook.
     template <class Format> __device__ static uint32_t copy(uint32_t table, int lane) { return table + (Format::channels == 8 ? lane % 16 * 8 : lane * 4); }
