@@ -76,18 +76,20 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
     constexpr int K_BYTES = D / 4 / K::channels, V_BYTES = D / 8 / V::channels, VW = V_BYTES < 4 ? 1 : V_BYTES / 4;
     constexpr int TOGETHER = S::TOGETHER, SETS = S::SETS, SET = QUERIES;
     constexpr int STEPS = D / 32, V_CHANNELS = D / 8;              // mma steps over channels; channels of a lane
-    // Words of a lane's channels.  Codewords of 8 channels: all sums are in registers at once, and codes come as they are needed.
+    // Words of a lane's channels.  Codewords of 8 channels: all sums of a set are in registers at once, and codes come as they are needed.
     constexpr bool LATE_CODES = V::channels == 8 && SETS == 1;
     constexpr int WORDS = V_CHANNELS / 4, WORDS_AT_ONCE = LATE_CODES ? WORDS : SETS > 1 && V::channels < 8 ? 1 : 2;
     using KB = typename K::Block;
     using VB = typename V::Block;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const uint32_t z_at = S::warp_at(warp);                                  // (8, D/2) column, pair: (cosine part, sine part) in f16
-    // Lanes have two RoPE pairs L of a block; with d 64 the upper lanes' is the next block, odd columns.
-    constexpr int AT_A_TIME = D == 64 ? 2 : 1;
+    // Of a mean a lane has the L-th two pairs; with d 64 the upper lanes' mean is the next block's, odd columns of z.
+    constexpr int SIDE_BY_SIDE = D == 64 ? 2 : 1;
     const int L = lane % (D / 4), odd = lane / (D / 4);
-    const uint32_t z_store = opaque(z_at + odd * (D / 2) * 4 + (8 * L ^ odd * 64));       // odd columns have their 64-byte halves swapped, so that
+    const uint32_t z_at = S::warp_at(warp);    // (8, D/4, 2) column, two pairs: their cosine parts, their sine parts in f16
+    const uint32_t z_store = opaque(z_at + odd * (D / 2) * 4 + (8 * L ^ odd * 64));  // odd columns have their 64-byte halves swapped, so that
     const uint32_t z_load = opaque(z_at + g * (D / 2) * 4 + 16 * t + g % 2 * 64);    // neighbours lie in different banks
+    // Of query q, the i-th block: two blocks of a set, or the two sets of a block, are neighbours.
+    auto column_of = [](int q, int i) { return TOGETHER == 1 ? 2 * (q % SET) + q / SET : 8 * (SETS * (i / 2) + q / SET) + 2 * (q % SET) + i % 2; };
     const uint32_t factor_at = opaque(S::factors(warp) + 8 * g);
     auto factor = [&](bool key, int i) { return load_shared<float2>(factor_at + (key ? 0 : 512) + 64 * i); };    // of token 8 i + g: s1 s2, s1
     const uint32_t weight_store = opaque(z_at + t * 128 + (16 * g ^ 32 * t)), weight_load = opaque(z_at + g / 2 * 128 + (16 * t ^ g / 2 * 32));
@@ -104,17 +106,17 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
     if (p.task >= turns.tasks(a)) return;
     do {
         if (!p.there()) continue;
-        Floats<2> base[TOGETHER / AT_A_TIME][2];                           // angles of the next blocks whose means are due
+        Floats<2> base[TOGETHER / SIDE_BY_SIDE][2];                           // angles of the next blocks whose means are due
         if (p.count > 0) ring.load_base(a, base, 0);
         ring.load_second(a);
         prepare_queries<S, Q>(a, p, turns.query, K::delta);
+        // One set's are in registers, two sets' are loaded where they are needed.
         const uint32_t fragments = opaque(S::queries(warp - p.rank) + 16 * lane), units_at = fragments + SETS * S::CODES - (SETS == 1 ? 8 * lane : 0);
         const uint32_t pairs_at = fragments + SETS * (S::CODES + S::UNITS) - 16 * (lane - L);
-        // One set's are in registers, two sets' are loaded where they are needed.
         uint32_t bq[SETS][2 * STEPS];    // column g of a B operand of the queries' integers, channels D/4 t + 4 i ..
         float2 units[SETS];              // of query t: (unit, unit times half the sum of the integers)
-        uint4 pairs[Q / 2];              // L of two queries each, in f16
-        auto load_codes = [&] {
+        uint4 pairs[Q / 2];              // L of two queries each, in f16: lower channels, upper ones
+        auto load_fragments = [&] {
 #pragma unroll
             for (int i = 0; i < SETS * D / 64; i++) {
                 const uint4 v = load_shared<uint4>(fragments + 512 * i);
@@ -129,7 +131,7 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
 #pragma unroll
             for (int i = 0; i < Q / 2; i++) pairs[i] = load_shared<uint4>(pairs_at + i * (4 * D));
         };
-        if constexpr (SETS == 1) load_codes(), load_pairs();
+        if constexpr (SETS == 1) load_fragments(), load_pairs();
         p.keep(S::part(warp));
         float m[SETS] = {}, l[SETS] = {}, w_sum[SETS] = {}, out[SETS][V_CHANNELS] = {}, plain[Q][C] = {};
 
@@ -140,9 +142,8 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
             float mean_score[SETS][8];    // of query t, tokens 8 j + g, without s1
             if (TOGETHER == 1 || j % TOGETHER == 0) {       // and those of the next blocks
                 const uint32_t z_store_odd = other_half(z_store), z_load_odd = other_half(z_load);
-                constexpr int M = SETS * (TOGETHER > 1 ? TOGETHER / 2 : 1);    // of 8 columns
-                constexpr int TWO = TOGETHER > 1 ? 2 / AT_A_TIME : 1;
-                if constexpr (TOGETHER == 1) static_assert(SETS == 2);
+                constexpr int M = (SETS * TOGETHER + 1) / 2, TWO = TOGETHER == 1 ? 1 : 2 / SIDE_BY_SIDE;    // matrices of 8 columns; a lane's means
+                static_assert(SETS * TOGETHER > 1, "half a matrix");
                 if constexpr (SETS == 2) load_pairs();    // all on their way before the first one is needed
 #pragma unroll
                 for (int two = 0; two < TOGETHER; two += 2) {
@@ -150,30 +151,27 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
                     __half2 lo[TWO], hi[TWO];
 #pragma unroll
                     for (int i = 0; i < TWO; i++) {
-                        const uint32_t mean = means + (j + two + i + (AT_A_TIME == 2 ? odd : 0)) % S::MEANS * S::MEAN;
+                        const uint32_t mean = means + (j + two + i + odd) % S::MEANS * S::MEAN;
                         const Floats<2> x = mean_at<D, 2>(mean, 2 * L), y = mean_at<D, 2>(mean, 2 * L + D / 2);
-                        const Floats<2> (&angle)[2] = base[two / AT_A_TIME + i];
+                        const Floats<2> (&angle)[2] = base[two / SIDE_BY_SIDE + i];
                         lo[i] = __floats2half2_rn(x.x[0] * angle[0].x[0] - y.x[0] * angle[1].x[0], x.x[1] * angle[0].x[1] - y.x[1] * angle[1].x[1]);
                         hi[i] = __floats2half2_rn(x.x[0] * angle[1].x[0] + y.x[0] * angle[0].x[0], x.x[1] * angle[1].x[1] + y.x[1] * angle[0].x[1]);
                     }
 #pragma unroll
                     for (int pair = 0; pair < Q / 2; pair++) {
-                        const uint4 v = pairs[pair];
-                        const uint32_t w[2][2] = {{v.x, v.y}, {v.z, v.w}};
+                        __half2 q[2][2];    // lower and upper channels
+                        memcpy(q, &pairs[pair], sizeof q);
 #pragma unroll
-                        for (int k = 0; k < 2; k++) {
-                            const int q = 2 * pair + k;
-                            __half2 q_lo, q_hi;
-                            memcpy(&q_lo, &w[k][0], 4), memcpy(&q_hi, &w[k][1], 4);
+                        for (int k = 0; k < 2; k++)
 #pragma unroll
                             for (int i = 0; i < TWO; i++) {
-                                const __half2 c = __hfma2(q_lo, lo[i], __hmul2(q_hi, hi[i])), sn = __hfma2(q_hi, lo[i], __hneg2(__hmul2(q_lo, hi[i])));
-                                Words<2> z;
-                                memcpy(&z.x[0], &c, 4), memcpy(&z.x[1], &sn, 4);
-                                const int column = TOGETHER == 1 ? 2 * (q % SET) + q / SET : 8 * (SETS * (two / 2) + q / SET) + 2 * (q % SET) + i;
-                                store_shared((column % 2 ? z_store_odd : z_store) + column * (D / 2) * 4, z);
+                                const __half2 z[2] = {__hfma2(q[k][0], lo[i], __hmul2(q[k][1], hi[i])),
+                                                      __hfma2(q[k][1], lo[i], __hneg2(__hmul2(q[k][0], hi[i])))};
+                                const int column = column_of(2 * pair + k, two + i);
+                                Words<2> w;
+                                memcpy(&w, z, sizeof w);
+                                store_shared((column % 2 ? z_store_odd : z_store) + column * (D / 2) * 4, w);
                             }
-                        }
                     }
                 }
                 if (j + TOGETHER < p.count) ring.load_base(a, base, j + TOGETHER);
@@ -184,15 +182,15 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
 #pragma unroll
                 for (int s = 0; s < SETS; s++)
                     for (int tile = 0; tile < 4; tile++) {
-                        const auto &x = c[TOGETHER == 1 ? 0 : s][tile];
-                        const int column = TOGETHER == 1 ? s : 0;
-                        mean_score[s][2 * tile] = x[column], mean_score[s][2 * tile + 1] = x[column + 2];
+                        const int column = column_of(SET * s, 0);
+                        const float (&x)[4] = c[column / 8][tile];
+                        mean_score[s][2 * tile] = x[column % 8], mean_score[s][2 * tile + 1] = x[column % 8 + 2];
                     }
 #pragma unroll
                 for (int b = 1; b < TOGETHER; b++)
                     for (int s = 0; s < SETS; s++)
                         for (int i = 0; i < 2; i++) {
-                            const auto &x = c[b / 2 * SETS + s][2 * i], &y = c[b / 2 * SETS + s][2 * i + 1];
+                            const float (&x)[4] = c[b / 2 * SETS + s][2 * i], (&y)[4] = c[b / 2 * SETS + s][2 * i + 1];
                             store_shared(ring.kept() + 1024 * (SETS * (b - 1) + s) + 512 * i, words(x[b % 2], x[b % 2 + 2], y[b % 2], y[b % 2 + 2]));
                         }
             } else {
@@ -210,9 +208,9 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
                 store_shared(ring.factors() + 512, words(v1.x * v2.x, v1.x, v1.y * v2.y, v1.y));
             }
             __syncwarp();
-            // scores of query t, tokens 8 j + g
+            // scores of query t, tokens 8 j + g, less m
             float score[SETS][8];
-            if constexpr (SETS == 2) load_codes();
+            if constexpr (SETS == 2) load_fragments();
 #pragma unroll
             for (int tile = 0; tile < 4; tile++) {
                 int e[SETS][4] = {};
@@ -220,15 +218,18 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
                 const float2 f0 = factor(true, 2 * tile), f1 = factor(true, 2 * tile + 1);
 #pragma unroll
                 for (int s = 0; s < SETS; s++) {
-                    auto of = [&](int i, int j, const float2 &f) { return fmaf(fmaf((float)(e[s][j] * 256 + e[s][j + 1]), units[s].x, units[s].y), f.x, fmaf(mean_score[s][i], f.y, -m[s])); };
-                    score[s][2 * tile] = of(2 * tile, 0, f0), score[s][2 * tile + 1] = of(2 * tile + 1, 2, f1);
+                    auto below_m = [&](int dot, float mean, const float2 &f) {
+                        return fmaf(fmaf((float)dot, units[s].x, units[s].y), f.x, fmaf(mean, f.y, -m[s]));
+                    };
+                    score[s][2 * tile] = below_m(e[s][0] * 256 + e[s][1], mean_score[s][2 * tile], f0);
+                    score[s][2 * tile + 1] = below_m(e[s][2] * 256 + e[s][3], mean_score[s][2 * tile + 1], f1);
                 }
             }
             __syncwarp();
             ring.release_keys(a, j);
             // softmax in base 2; m follows when it is 2^8 too small
             float top[SETS];
-            bool up = j == 0;
+            bool up = j == 0;    // m is none's score yet
             for (int s = 0; s < SETS; s++) {
                 top[s] = score[s][0];
                 for (int i = 1; i < 8; i++) top[s] = fmaxf(top[s], score[s][i]);
@@ -281,14 +282,14 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
                 for (int i = 0; i < 4; i++) two.x[i] = __byte_perm(w[2 * i], w[2 * i + 1], 0x5410);
                 store_shared(weight_store + 512 * s, two);
             }
-            uint32_t b[SETS][4][2];
             __syncwarp();
             // values: k = 4 t .. of step s, lower and upper half, are tokens 16 s + t and 8 further, and those 4 further
+            uint32_t b[SETS][4][2];
 #pragma unroll
             for (int s = 0; s < SETS; s++) {
                 const uint4 near = load_shared<uint4>(weight_load + 512 * s), far = load_shared<uint4>(other_half(weight_load) + 512 * s);
-                const uint32_t pairs[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
-                for (int i = 0; i < 8; i++) b[s][i / 2][i % 2] = __byte_perm(pairs[i / 2][i % 2], 0, weight_bytes);
+                const uint32_t w[4][2] = {{near.x, far.x}, {near.y, far.y}, {near.z, far.z}, {near.w, far.w}};
+                for (int i = 0; i < 8; i++) b[s][i / 2][i % 2] = __byte_perm(w[i / 2][i % 2], 0, weight_bytes);
             }
             uint32_t vc[16][VW], vs[16] = {};
             auto load_codes = [&](int i) {
@@ -347,7 +348,8 @@ template <class K, class V, int Q> __global__ void __launch_bounds__(32 * Layout
             for (int o = 4; o < 32; o *= 2) l[s] += __shfl_xor_sync(~0u, l[s], o), w_sum[s] += __shfl_xor_sync(~0u, w_sum[s], o);
             for (int c = 0; c < V_CHANNELS; c++) warp_result<S, Q>(warp).o[1][SET * s + t][V_CHANNELS * g + c] = (out[s][c] + 0.5f * w_sum[s]) * V::delta;
         }
-        for (float &x : m) x = p.count > 0 ? x : -INFINITY;
+        if (p.count == 0)    // m is no token's
+            for (float &x : m) x = -INFINITY;
         auto query = [&](int q) { return load_shared<Floats<C>>(S::numbers(warp - p.rank, q) + 4 * C * lane); };
         finish_warp<S, Q>(a, p, query, m, l, plain);
     } while (turns.go_on(a));

@@ -90,7 +90,7 @@ template <int D, int Q> struct QueryOnItsWay {
         row.load(a, query(a, p, first(p)));
     }
 };
-// A query, turned by R, in integers of 16 bits.
+// A query, R done, in integers of 16 bits.
 template <class S> struct QueryCodes {
     static constexpr int D = S::D, C = D / 32, PAIRS = D / 64;
     int v[C], sum;
@@ -105,7 +105,7 @@ template <class S> struct QueryCodes {
         for (int i = 0; i < C; i++) sum += v[i] = __float2int_rn(x.x[i] * inverse);
         sum = __reduce_add_sync(~0u, sum);
     }
-    // Bytes hi and lo of the lane's channels c ..; (hi, lo) says where they go.
+    // Bytes hi of the lane's channels c .. go to where(c, 0), bytes lo to where(c, 1).
     template <class Where> __device__ void store(Where where) const {
         for (int half = 0; half < 2; half++) {
             int8_t hi[PAIRS], lo[PAIRS];
@@ -160,7 +160,8 @@ template <class S, int Q> __device__ void prepare_queries(const DecodeArgs &a, c
             return bytes + q / 4 * S::CODES + at / 16 * 512 + 16 * (4 * g + t) + at % 16;
         });
         const float unit = codes.unit() * delta;
-        if (lane < 8) store_shared(units + 8 * SETS * (4 * lane + q % 4) + q / 4 * 8, Words<2>{{__float_as_uint(unit), __float_as_uint(unit * 0.5f * codes.sum)}});
+        const Words<2> scale = {{__float_as_uint(unit), __float_as_uint(unit * 0.5f * codes.sum)}};
+        if (lane < 8) store_shared(units + 8 * SETS * (4 * lane + q % 4) + q / 4 * 8, scale);
     }
     p.sync();
 }
@@ -304,7 +305,8 @@ template <class S, int Q> __device__ WarpResult<S::D, Q, true> &warp_result(int 
 // Exact tokens of the part, then all together.  query(q): the lane's pairs.  Lane q has m and l of the codes of a set's query q, or all lanes have one query's;
 // plain[q][c]: their sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
 template <class S, int Q, class Query>
-__device__ void finish_warp(const DecodeArgs &a, const Part &p, Query query, const float (&m)[S::SETS], const float (&l)[S::SETS], const float (&plain)[Q][S::D / 32]) {
+__device__ void finish_warp(const DecodeArgs &a, const Part &p, Query query, const float (&m)[S::SETS], const float (&l)[S::SETS],
+                            const float (&plain)[Q][S::D / 32]) {
     constexpr int D = S::D, C = D / 32, SET = Q / S::SETS;
     const KvView &kv = a.kv;
     const int n_queries = p.queries<Q>(a);

@@ -63,7 +63,8 @@ TEST_CASE("cuda decode: teams of every size, and thread blocks with several part
     if (!gpu) return;
     for (KvFormat f : {KvFormat::f16, KvFormat::nsn1, KvFormat::nsn2, KvFormat::nsn2b, KvFormat::nsn4b})
         for (const auto &[rows, heads, G] :
-             {std::tuple(8, 8, 1), {8, 8, 4}, {9, 2, 4}, {20, 3, 4}, {40, 8, 1}, {40, 8, 2}, {33, 16, 1}, {70, 8, 1}, {160, 8, 1}, {96, 2, 5}}) {
+             {std::tuple(8, 8, 1), {8, 8, 4}, {9, 2, 4}, {20, 3, 4}, {40, 8, 1}, {40, 8, 2}, {33, 16, 1}, {70, 8, 1}, {160, 8, 1}, {96, 2, 5},
+              {20, 3, 8}, {9, 2, 6}, {12, 1, 12}, {12, 2, 16}}) {    // G 12: three sets; 16: twice two
             if (f != KvFormat::f16 && f != KvFormat::nsn2b && rows != 20 && rows != 33) continue;    // the time it takes
             if (!taken()) continue;
             KvOptions o;
@@ -86,7 +87,7 @@ TEST_CASE("cuda decode: same bits again, alone and among up to 8 rows") {
     const Ops *gpu = find_decode();
     if (!gpu) return;
     for (const auto &[f, G] :
-         {std::pair(KvFormat::f16, 4), {KvFormat::f16, 1}, {KvFormat::nsn2b, 4}, {KvFormat::nsn2b, 1}, {KvFormat::nsn2, 4}, {KvFormat::nsn2, 1}}) {
+         {std::pair(KvFormat::f16, 4), {KvFormat::f16, 1}, {KvFormat::nsn2b, 4}, {KvFormat::nsn2b, 1}, {KvFormat::nsn2, 4}, {KvFormat::nsn2, 1}, {KvFormat::nsn2b, 8}}) {
         if (!taken()) continue;
         KvOptions o;
         o.k_format = o.v_format = f;
