@@ -1,55 +1,53 @@
 /* decode_codes - decode attention over NSN codes on tensor cores (attention_decode.cu calls it).
 
-   Math      Of a block of 64 tokens at a time, for up to QUERIES query heads:
+   Math      Of a block of 64 tokens at a time, for a set of up to QUERIES query heads, or two sets, which share all lookups:
                keys    codewords are 8-bit x + 1/2, R q is a 16-bit integer in two bytes (hi, lo), so mma.sync s8 is exact:
                        sum q (x + 1/2) = 256 sum hi x + sum lo x + (sum q) / 2
                means   s1[t] q . RoPE_t(mean), the mean turned to the block's start once: z_j = (q_lo m_lo + q_hi m_hi, q_hi m_lo - q_lo m_hi),
-                       times the 64 x d matrix E of the cosines and sines of tokens 0..63, all in f16
+                       in pairs of f16, times the 64 x d matrix E of the cosines and sines of tokens 0..63, f16 with sums in f32
                values  weights p[t] s1[t] s2[t] are 16-bit integers with a power of two of the block as unit, in two bytes
    Work      A part's blocks go in turn to the warps of a team; keys and values of a block come to shared memory as soon as those
-             of the block before the last are done with.  Means of two blocks, for d 64 of four, are done together, so that E is read
-             once for all.
+             of the block before the last are done with.  Means of up to four blocks (Layout) are done together, so that E is read once.
              Tokens that are exact (sinks, recents, open) are shared among the same warps, 8 at a time (attention_decode.cuh).
              Few rows: a team is a thread block.  Many: what keeps all of them busy to the end (shares_of_many), often one part a
              row and head, whose sums then never leave the SM.  Sums of codewords of a team are merged before R turns them, once a query.
    Fragments Lane (g, t) = (lane / 4, lane % 4).
                keys    row g + 8 h of tile i is token 16 i + 8 h + g, k runs over channels; columns 2 t, 2 t + 1 are query t's (hi, lo)
+               means   rows as for keys, k runs over pairs of channels; columns 2 t, 2 t + 1 are query t's z of two blocks, or of two sets
                values  a row is two neighbouring channels, k runs over 16 tokens x these two.  Columns 2 t, 2 t + 1 have query t's weights
                        (hi, lo) where k is an even channel, else 0; moved by a byte they serve the odd channels.
    Memory    Shared, by address:
                1 K   K's codebook: codeword k at 128 k, one copy a lane (pair) | V's, if it is another | E | warps ...
-                     a warp: z, 2 blocks, token factors, 4 means, its part; where z was, then weights and the second block's mean scores
-   Cost      ncu, d 128, 32 rows, 8 kv heads, 8,192 tokens, the call's for each block of a multiprocessor: clocks; warp instructions, share of
-             the issue slots; wavefronts of shared memory, share of the clocks
-               nsn4b 796   1,427 45%   532 67%          nsn2b 525   1,046 50%   347 66%
-               nsn2  607   1,361 56%   360 59%          nsn1  499     962 48%   338 68%
-             nsn2b's wavefronts, counted: codewords 128, E 64, copies in 35, codes and fields out 40, token factors 32, z 16, mean scores
-             and weights 16.  Memory alone would take 340 clocks, 195 for nsn1.  No pipe is full: three warps a scheduler, which 168
-             registers allow, wait (when nsn2b had 1,082 instructions) for fixed latencies (1.1 of 5 cycles between two of a warp), shared memory
-             (0.9), each other (0.8), dispatch (0.4), global memory (0.4), pipes (0.3).  So fewer bytes (nsn1) or lookups are no faster, and nsn2 pays
-             for its signs; with a byte of signs a code it had 1,544 instructions (sign_place).
-             What a warp's part needs between blocks waits in shared memory, and no variable of the start is alive in a block: nsn2 with 22
-             spilled registers 90 us, with 3 79.5 to 81, with 2 75.7.
-             8 queries a kv head are two passes: 16 rows of 64 heads take what 32 rows of 32 heads do, nsn2b 64.7 us for 64.5, 520 clocks and
-             1,046 instructions a block and pass; 3.0 times as fast as cuDNN's 191.2 us (4.4 times would be 43 us, 350 clocks).  Of a block's
-             instructions some 440 do not depend on the queries (lookups and their addresses 256, operands of values 64, copies, factors,
-             codes), so one pass would have 1,660 for 2,092, and 128 registers of sums, queries and their integers where there are 64.
-             A warp issues an instruction every 6 clocks (12 x 525 / 1,046), so 8 warps, which is what 255 registers allow, would take 1,245
-             clocks for such a block, two passes take 1,050; 12 warps, if 64 spilled registers cost a load and a store each and no time, 890.
-             Before: 69.8 us for 66.5 (nsn2b), with 56 instructions a block more (two permutes a word of values) and the next angles
-             asked for only behind the values.
-             d 64, 32 rows: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).  Tried at d 128: nsn1 62.4 for 64.8, but one row of 8,192
-             tokens 11.6 for 10.6; nsn2b 67.4 for 66.4, nsn2 95.5 for 91.8 (registers); angles of a team's next block by rotation
-             instead of a load: nsn2b 67.9 for 67.1, one row of 131,072 tokens 40.0 for 39.2.
-             Tried: 10 warps (99 us when 12 took 92); 16 warps of 128 registers, queries in shared memory (82 for 66.5; 24% of the
-             samples wait for memory, where the spilled registers are), the same with 5 registers spilled, the end of a part a function
-             of its own (74 for 67: 4,096 tokens more take 28.6 for 29.1, all else 4 longer); addresses of codewords by byte permutes
-             (67.9 for 67.1); codes of the values in registers before the softmax (68.0 for 67.5), and their place free then (69.9, but
-             11.2 for 11.5 at one row); the copy of keys without their mean (spills); warps that take the next of many small parts by a
-             counter (103 to 139 for 96: what a part costs by itself).
+                     a warp: z, 2 blocks, token factors, means, its part; where z was, then weights and the next blocks' mean scores
+                     | queries of teams
+   Cost      ncu, d 128, 8 kv heads, 8,192 tokens, the call's for each block of a multiprocessor: clocks; warp instructions, share of the issue
+             slots; wavefronts of shared memory, share of the clocks
+               4 queries, 32 rows   nsn4b 804   1,393 44%   529 66%          nsn2b 503     977 49%   306 61%
+                                    nsn2  606   1,281 53%   320 53%          nsn1  480     880 46%   295 61%
+               8 queries, 16 rows   nsn4b 1,122 1,764 40%   682 61%          nsn2b 851   1,365 40%   430 51%
+                                    nsn2  1,008 1,718 43%   447 44%          nsn1  851   1,345 40%   425 50%
+             Memory alone would take 340 clocks (nsn2b), 195 (nsn1).  Of nsn2b's wavefronts 128 are codewords, 32 E (64 when it was read for
+             two blocks).  No pipe is full: of the 3.8 cycles between two instructions of a warp (8 queries 4.3) one issues, 1.0 is fixed
+             latencies (1.0), shared memory takes 0.5 (0.4), each other 0.4 (0.4), dispatch 0.3 (0.4), pipes 0.2 (0.3), global memory 0.2 (0.3),
+             the end of a part 0.1 (0.3).  So fewer bytes (nsn1) are hardly faster, and nsn2 pays for its signs.
+             Warps    A scheduler has 16 K registers: two warps of 255 or three of 168.  32 rows, nsn2b 63.8 us for 65.7 with three, nsn1 59.5 for
+                      61.7, nsn2 77.2 for 76.9; one row of 131,072 tokens 35.8 for 38.4, 32.8 for 35.7, 42.0 for 43.9.  Twelve have no registers
+                      for E's next fragments, four blocks' means, two sets: 8 queries spilled 15, 59.1 us for 52.7 (nsn2 74.4 for 60.7).
+                      d 64: three (40.7 for 43.6).
+             8 queries  51.7 us (16 rows of 64 heads, nsn2b) where two passes of four took 65.3: 3.7 times as fast as cuDNN's 191.2 us.  4.4 times
+                      would be 43 us.  7 us are what a call takes for no tokens, one wave of 128 parts on 132 multiprocessors has nothing
+                      to hide them; blocks would have to take 500 clocks of 610, with 1,244 instructions in the loop 63% of the issue slots for
+                      51%.  The second set adds some 390 instructions: lookups, operands of values, copies, factors are there once.
+             Tried, 8 queries: 10 and 11 warps (168 registers too: 60.2 and 59.7 us for 58.9); one block's means at a time (53.3 for 51.5); z in
+             f32 and one set's softmax behind the other's (64.4 for 58.2, 12 warps).
+             d 64: four blocks' means together 42.1 to 42.8 us, two 43.5 (nsn2b).
+             Tried, 12 warps: 16 warps of 128 registers, queries in shared memory (82 for 66.5; 24% of the samples wait for memory, where the
+             spilled registers are), the end of a part a function of its own (74 for 67); addresses of codewords by byte permutes (67.9 for
+             67.1); codes of the values in registers before the softmax (68.0 for 67.5), and their place free then (69.9, but 11.2 for 11.5 at
+             one row); warps that take the next of many small parts by a counter (103 to 139 for 96: what a part costs by itself).
    Fixed     What a call takes for no tokens, from one row of 32,768 and 4,096 tokens (heads with one query) or 131,072 and 8,192 (GQA-4): nsn2b
-             7.2 and 7.4 us, nsn1 7.2 and 7.0.  globaltimer, read by a thread block's warps, of the thread block that ends last, us from the end of
-             the call before (a multiprocessor holds one thread block: it starts when that of the call before ends):
+             7.1 and 7.4 us, nsn1 6.9 and 7.0.  globaltimer, 12 warps, of the thread block that ends last, us from the end of the call before
+             (a multiprocessor holds one thread block: it starts when that of the call before ends):
                GQA-4, 8,192 tokens: starts -0.2, slot and position 0.8 to 1.1, tables stored 1.8, blocks asked for 2.0, inputs 2.1, queries'
                      integers 3.0, in registers 3.3, block there 3.7, done 6.6, exact tokens 7.0, all warps 7.2, merged 7.9, handed on 8.9, parts
                      read 9.5, y 9.9, end 10.0 (9.3 without the timestamps)

@@ -31,7 +31,8 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int MOST_WARPS = D == 128 && Q > 1 ? 8 : CODE_WARPS;
     static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / (warp_bytes(n) + SHARE), MOST_WARPS); }
     // As many as cost no warp: E is read less often.  (d 64: where registers are not scarce.)
-    static constexpr int TOGETHER = Q == 1 || (SETS == 1 && (D == 128 || K::channels > 2) && warps(4) == warps(2)) ? 4 : SETS == 1 || warps(2) == warps(1) ? 2 : 1;
+    static constexpr bool FOUR = Q == 1 || (SETS == 1 && (D == 128 || K::channels > 2) && warps(4) == warps(2));
+    static constexpr int TOGETHER = FOUR ? 4 : SETS == 1 || warps(2) == warps(1) ? 2 : 1;
     static constexpr int Z = z_bytes(TOGETHER), MEANS = 2 * TOGETHER, WARP = warp_bytes(TOGETHER), WARPS = warps(TOGETHER);
     static constexpr int QUERIES_AT = WARPS_AT + WARPS * WARP, BYTES = QUERIES_AT + WARPS * SHARE - (int)START;
     // A word of z, and of E: the cosine parts, or the sine parts, of two pairs; or both parts of one pair.
@@ -167,9 +168,10 @@ template <int BYTES> __device__ inline uint32_t signs_at(uint32_t at) {
     const uint32_t x = load_shared<uint32_t>(at & ~3u);
     return BYTES == 4 ? x : x << (8 - 2 * BYTES - 2 * (at & 3));
 }
-// Products of 16 tokens' codewords and the query's bytes: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
+// Products of 16 tokens' codewords and the bytes of each set of queries: lane (g, t) looks up channels d/4 t .. of tokens 16 tile + g and 8 further;
 // `codes` is where those of token g begin, the first field of a block.
-template <class K, int SETS, int N> __device__ inline void multiply_keys(int (&e)[SETS][4], uint32_t codes, int tile, const uint32_t (&bq)[SETS][N], uint32_t table) {
+template <class K, int SETS, int N>
+__device__ inline void multiply_keys(int (&e)[SETS][4], uint32_t codes, int tile, const uint32_t (&bq)[SETS][N], uint32_t table) {
     constexpr int D = K::d, ROW = D / K::channels, BYTES = ROW / 4, WORDS = BYTES < 4 ? 1 : BYTES / 4;
     uint32_t x[2][N];
 #pragma unroll
