@@ -366,7 +366,7 @@ __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part,
                 for (int c = 0; c < D / 32; c++) o[i][c] = fmaf(r.o[i][q][D / 32 * lane + c], weight, o[i][c]);
             }
         };
-        // Four at a time, and all of the few rows' at once: their loads are on their way together.
+        // All at once where a thread block is a team, else four at a time: their loads are on their way together.
         auto all = [&](auto n) {
 #pragma unroll
             for (int w = 0; w < n.value; w++) raise(w);

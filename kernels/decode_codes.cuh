@@ -302,8 +302,8 @@ template <class K, class V, class S, int Q> struct Turns {
 
 // Where a warp's sums of codewords go, and what a team merges.
 template <class S, int Q> __device__ WarpResult<S::D, Q, true> &warp_result(int warp) { return *(WarpResult<S::D, Q, true> *)at_address(S::warp_at(warp)); }
-// Exact tokens of the part, then all together.  query(q): the lane's pairs.  Lane q has m and l of the codes of a set's query q, or all lanes have one query's;
-// plain[q][c]: their sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
+// Exact tokens of the part, then all together.  query(q): the lane's pairs.  Lane q has m and l of the codes of a set's query q, or all lanes
+// have one query's; plain[q][c]: their sum of means for channel D/32 lane + c; their sums of codewords lie in the warp's result.
 template <class S, int Q, class Query>
 __device__ void finish_warp(const DecodeArgs &a, const Part &p, Query query, const float (&m)[S::SETS], const float (&l)[S::SETS],
                             const float (&plain)[Q][S::D / 32]) {
