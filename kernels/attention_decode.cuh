@@ -12,7 +12,8 @@ constexpr int MAX_PARTS = 128;     // of a row and kv head
 // tok/s; with 8 448, 450 and 451, with 2 459, 453 and 451.
 constexpr int BLOCKS_EACH = 4;
 constexpr int QUERIES = 4;         // query heads of a kv head that share a pass over its cache; over codes two sets of them may
-constexpr int CODE_WARPS = 12;     // of a thread block over codes, if they fit
+// Of a thread block over codes, if they fit.  Each of four schedulers has a quarter of the registers: 168 for three warps, 255 for two.
+constexpr int CODE_WARPS = 12, WIDE_CODE_WARPS = 8;
 constexpr int MOST_TASKS = 4 * GPU_SMS * CODE_WARPS;    // of more than FEW_ROWS rows, if they have more than one part
 constexpr int MOST_COUNTED = 1 << 16;    // rows times query heads, if there is more than one part
 
@@ -373,8 +374,8 @@ __device__ void merge_warps(const DecodeArgs &a, int64_t first, int n, int part,
 #pragma unroll
             for (int w = 0; w < n.value; w++) add(w);
         };
-        if (warps == 12) all(std::integral_constant<int, 12>());
-        else if (warps == 8) all(std::integral_constant<int, 8>());
+        if (warps == CODE_WARPS) all(std::integral_constant<int, CODE_WARPS>());
+        else if (warps == WIDE_CODE_WARPS) all(std::integral_constant<int, WIDE_CODE_WARPS>());
         else {
 #pragma unroll 4
             for (int w = 0; w < warps; w++) raise(w);

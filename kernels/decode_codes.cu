@@ -32,7 +32,7 @@
              the end of a part 0.1 (0.3).  So fewer bytes (nsn1) are hardly faster, and nsn2 pays for its signs.
              Warps    A scheduler has 16 K registers: two warps of 255 or three of 168.  32 rows, nsn2b 63.8 us for 65.7 with three, nsn1 59.5 for
                       61.7, nsn2 77.2 for 76.9; one row of 131,072 tokens 35.8 for 38.4, 32.8 for 35.7, 42.0 for 43.9.  Twelve have no registers
-                      for E's next fragments, four blocks' means, two sets: 8 queries spilled 15, 59.1 us for 52.7 (nsn2 74.4 for 60.7).
+                      for E's next fragments, four blocks' means, two sets: 8 queries spilled 15, 58.8 us for 52.7 (nsn2 74.4 for 60.7).
                       d 64: three (40.7 for 43.6).
              8 queries  51.7 us (16 rows of 64 heads, nsn2b) where two passes of four took 65.3: 3.7 times as fast as cuDNN's 191.2 us.  4.4 times
                       would be 43 us.  7 us are what a call takes for no tokens, one wave of 128 parts on 132 multiprocessors has nothing

@@ -195,7 +195,7 @@ template <class K, class V, class S> struct BlockRing {
         load_keys(a, 0, number);
         load_values(a, 0, number);
     }
-    // Block 1, when prepare_queries is done with its place.
+    // Block 1; where a head has one query, when prepare_query is done with its place.
     __device__ void load_second(const DecodeArgs &a) {
         if (count == 0) return;
         release_keys(a, -1);

@@ -17,7 +17,7 @@
              nsn2b takes 111 us, of which memory alone would take 96: exact tokens and the ends of parts are the rest.  With a byte of signs
              a code nsn2 had 1,189 instructions, 61% of what ALUs can: 127 us for 115 to 116.  One row, nsn2b: 10.2 us; 10.6 when the end of a
              part exchanged its sums one by one, each behind a branch.
-             Tried: 8 warps of 255 registers (32 rows: nsn2b 106.6 for 111.6, nsn1 83.3 for 84.0, but nsn2 118.2 for 113.6, and one row of 32,768
+             Tried: 8 warps of 255 registers (32 rows: nsn2b 106.6 for 111.8, nsn1 83.3 for 83.8, but nsn2 118.2 for 113.6, and one row of 32,768
              tokens nsn2b 31.9 for 31.0); 14 of 128 (156 us when 12 took 146); three blocks of keys on their way (as fast), a fifth
              half block of either (123.5 for 118.8); both asked for half a block later (as fast); exact tokens prefetched to L2 (124 for
              117); 256-byte hints (117.7), 128-byte ones (116.9 for 117.4); teams of 2, 4, 6, 12 warps (139, 123, 128, 155 for 117 of 3).

@@ -27,8 +27,7 @@ template <class K, class V, int Q> struct Layout {
     static constexpr int MEAN_SCORES = 72 * 4, WEIGHTS = 4 * MEAN_SCORES;    // one query's
     static constexpr int z_bytes(int n) { return Q == 1 ? WEIGHTS + 128 : std::max(n * Q * D * 2, SETS * (n * 1024 - 512)); }
     static constexpr int warp_bytes(int n) { return (z_bytes(n) + 2 * SLOT + FACTORS + 2 * n * MEAN + KEPT + 127) / 128 * 128; }
-    // Each of four schedulers has a quarter of the registers: 255 for two warps, 168 for three.
-    static constexpr int MOST_WARPS = D == 128 && Q > 1 ? 8 : CODE_WARPS;
+    static constexpr int MOST_WARPS = D == 128 && Q > 1 ? WIDE_CODE_WARPS : CODE_WARPS;
     static constexpr int warps(int n) { return std::min(((int)END - WARPS_AT) / (warp_bytes(n) + SHARE), MOST_WARPS); }
     // As many as cost no warp: E is read less often.  (d 64: where registers are not scarce.)
     static constexpr bool FOUR = Q == 1 || (SETS == 1 && (D == 128 || K::channels > 2) && warps(4) == warps(2));
